@@ -1,0 +1,20 @@
+"""minitune: fine-tune real language models with an engine small enough to read in an afternoon.
+
+The face of the library is lazy, so that `import minitune` costs nothing until a name is used.
+"""
+
+import importlib
+
+_FACE = {
+    "load_model": "minitune.checkpoint.load",
+    "load_tokenizer": "minitune.checkpoint.load",
+    "generate": "minitune.decoding",
+}
+__all__ = ["generate", "load_model", "load_tokenizer"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name in _FACE:
+        return getattr(importlib.import_module(_FACE[name]), name)
+    raise AttributeError(f"module 'minitune' has no attribute '{name}'")

@@ -1,0 +1,1 @@
+"""Records to examples to token ids, target masks and batches."""

@@ -1,0 +1,81 @@
+"""Errors that a user can act on: one line that says what was found, where, and what to do.
+
+Every door wraps its `main` in `run_command`, so a user's mistake never ends in a traceback while a
+defect of ours still does. The alternative, catching `Exception` at the door, was rejected: it would
+hide our own bugs behind a friendly line.
+"""
+
+import difflib
+import errno
+import sys
+from collections.abc import Callable, Iterable
+
+
+class MinituneError(Exception):
+    """Base of every error that is the input's fault; its text is one line for the user."""
+
+
+class DataError(MinituneError):
+    """A data file or a row in it cannot be used."""
+
+
+class ConfigError(MinituneError):
+    """An option, or a field of a configuration, is unknown, impossible or without effect."""
+
+
+class CheckpointError(MinituneError):
+    """A checkpoint, adapter or tokenizer on disk is missing, damaged or of another kind."""
+
+
+class FetchError(MinituneError):
+    """A file named in the manifest could not be fetched or is not the one that was promised."""
+
+
+class TrainingError(MinituneError):
+    """A run cannot go on (loss or gradient not finite, memory exhausted, nothing to train)."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the choice most like `name`, or "" when none is close."""
+    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+MEMORY_KNOBS = (
+    "lower batch_size or max_length, turn on gradient_checkpointing, use dtype bfloat16, or train with method lora"
+)
+
+
+def _explain(error: BaseException) -> str | None:
+    """Return the line to print for an error that is not a defect of ours, or None for one that is."""
+    if isinstance(error, MinituneError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full while writing {error.filename or 'a file'}; free some space and run the command again"
+    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
+        return f"out of memory: {MEMORY_KNOBS}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a door's `main`, exit with its code; user errors become one line on stderr and exit code 2.
+
+    Ctrl-C exits with 130, as shells expect. Anything else keeps its traceback: it is our defect.
+    """
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    except Exception as error:
+        line = _explain(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)

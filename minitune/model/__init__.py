@@ -1,0 +1,1 @@
+"""The one transformer, its configuration, cache and adapters."""
