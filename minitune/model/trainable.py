@@ -1,0 +1,52 @@
+"""Which parameters train: all, the adapters, the last layers, or those whose name matches a pattern."""
+
+import re
+
+from torch import nn
+
+from minitune.errors import ConfigError
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that receive gradients, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def train_all(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Train every parameter."""
+    model.requires_grad_(True)
+    return trainable_parameters(model)
+
+
+def train_last_layers(model: nn.Module, count: int) -> dict[str, nn.Parameter]:
+    """Train the last `count` layers and the final norm; the embedding and the head stay as they are.
+
+    Raises:
+        ConfigError: `count` is not between 1 and the number of layers.
+    """
+    layers = model.model.layers
+    if not 1 <= count <= len(layers):
+        raise ConfigError(f"last_layers is {count}; the model has {len(layers)} layers, so 1 to {len(layers)}")
+    model.requires_grad_(False)
+    for module in (*layers[len(layers) - count :], model.model.norm):
+        module.requires_grad_(True)
+    return trainable_parameters(model)
+
+
+def train_matching(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
+    """Train the parameters in whose name the regular expression `pattern` is found.
+
+    Raises:
+        ConfigError: the pattern is not a regular expression, or matches nothing.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+    names = [name for name, _ in model.named_parameters() if expression.search(name)]
+    if not names:
+        example = next(name for name, _ in model.named_parameters())
+        raise ConfigError(f"pattern {pattern!r} matches no parameter; a name looks like {example}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return trainable_parameters(model)

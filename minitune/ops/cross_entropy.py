@@ -1,0 +1,80 @@
+"""Cross-entropy of a linear head without the logits:  l_i = log sum_v exp(h_i . w_v) - h_i . w_{t_i}.
+
+The (N, V) logits are the largest tensor of a training step and are never needed whole. They are made for
+a chunk of rows at a time, and in the same pass turned into their gradient softmax(z) - onehot(t), which
+gives dh at once; the chunk is then dropped. Since l_i depends on h_i alone, scaling row i of dh by the
+incoming gradient of l_i is exact. dW sums over rows, so it is accumulated for the incoming gradient of a
+sum (all rows alike) and made again, chunk by chunk, when the rows turn out to be weighted differently.
+Recomputing every chunk in the backward pass (as checkpointing does) was rejected: one more head matmul.
+"""
+
+import torch
+
+CHUNK = 128  # rows; 128 x 49,152 fp32 logits are 25 MB
+
+
+def _chunk_gradient(hidden, weight, targets, losses=None):
+    """Return d(sum of losses)/d(logits) of one chunk (n, V) in hidden's dtype; fill losses (n,) if given."""
+    logits = (hidden @ weight.T).float()
+    row = torch.arange(len(targets), device=targets.device)
+    picked = logits[row, targets]
+    total = torch.logsumexp(logits, dim=-1)
+    if losses is not None:
+        losses.copy_(total - picked)
+    gradient = logits.sub_(total[:, None]).exp_()
+    gradient[row, targets] -= 1
+    return gradient.to(hidden.dtype)
+
+
+def _weight_gradient(hidden, weight, targets, scale):
+    """Return sum over rows of scale_i (softmax - onehot)_i h_i^T, (V, D), made chunk by chunk in fp32."""
+    total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    for start in range(0, len(targets), CHUNK):
+        part = slice(start, start + CHUNK)
+        gradient = _chunk_gradient(hidden[part], weight, targets[part])
+        total += (gradient * scale[part, None].to(gradient.dtype)).T @ hidden[part]
+    return total.to(weight.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        dhidden = torch.empty_like(hidden)
+        train_head = ctx.needs_input_grad[1]
+        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if train_head else None
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            gradient = _chunk_gradient(hidden[part], weight, targets[part], losses[part])
+            torch.mm(gradient, weight, out=dhidden[part])
+            if dweight is not None:
+                dweight += gradient.T @ hidden[part]
+        ctx.save_for_backward(dhidden, dweight, *((hidden, weight, targets) if train_head else ()))
+        return losses
+
+    @staticmethod
+    def backward(ctx, dlosses):
+        dhidden, dweight, *again = ctx.saved_tensors
+        if dweight is not None:
+            hidden, weight, targets = again
+            alike = bool((dlosses == dlosses[0]).all())
+            dweight = (dweight * dlosses[0]).to(weight.dtype) if alike else _weight_gradient(*again, dlosses)
+        return dhidden * dlosses[:, None].to(dhidden.dtype), dweight, None
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each row in nats, (N,) fp32.
+
+    Args:
+        hidden: (N, D), the final hidden states at target positions only.
+        weight: (V, D), the head.
+        targets: (N,) int64 in [0, V).
+    """
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(hidden, weight, targets)
+    losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(targets), CHUNK):
+        part = slice(start, start + CHUNK)
+        logits = (hidden[part] @ weight.T).float()
+        losses[part] = torch.logsumexp(logits, -1) - logits.gather(1, targets[part, None]).squeeze(1)
+    return losses

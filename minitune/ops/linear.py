@@ -1,0 +1,172 @@
+"""Linear maps that share their input, each with an optional low-rank adapter, as one matmul.
+
+    y = x W^T + b + s (drop(x) A^T) B^T                      (Hu et al. 2021, equation 3)
+    u = drop(x) A^T,  du = s dy B
+    dx = dy W + drop'(du A),   dA = du^T drop(x),   dB = s dy^T u,   dW = dy^T x only where W is trained
+
+No update s B A of W's size is ever made. Projections of one input (q, k, v; gate, up) are computed
+together: their weights lie one after the other in memory (`stacked`), their adapters are concatenated, the
+B's as a block diagonal. Separate calls were rejected: at these widths three small matmuls cost more than a
+big one, and so do three additions into dx.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One projection's low-rank update: A (R, in), B (out, R), both of any float dtype, and s."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+
+def stacked(weights: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return the weights (out_i, in) as one (sum out_i, in) view if they are adjacent in memory, else None."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    end = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or not weight.is_contiguous() or weight.dtype != first.dtype:
+            return None
+        end += weight.numel() * weight.element_size()
+    rows = sum(weight.shape[0] for weight in weights)
+    if first.untyped_storage().data_ptr() != weights[-1].untyped_storage().data_ptr():
+        return None
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def _join(weights: list[torch.Tensor]) -> torch.Tensor:
+    view = stacked(weights)
+    return torch.cat(weights) if view is None else view
+
+
+def _join_adapters(adapters, sizes, like):
+    """Concatenate the A's to (sum R, in) and lay s B on a block diagonal (sum out, sum R), in like's dtype.
+
+    A projection without adapter has no rows in the first and zero rows in the second.
+    """
+    present = [adapter for adapter in adapters if adapter is not None]
+    a = torch.cat([adapter.A for adapter in present]).to(like.dtype)
+    b = torch.zeros(sum(sizes), a.shape[0], dtype=like.dtype, device=like.device)
+    row = column = 0
+    for size, adapter in zip(sizes, adapters, strict=True):
+        if adapter is not None:
+            rank = adapter.A.shape[0]
+            b[row : row + size, column : column + rank] = adapter.B * adapter.scaling
+            column += rank
+        row += size
+    return a, b
+
+
+class _Projections(torch.autograd.Function):
+    """Inputs after the fixed ones: n weights, n biases or None, then A and B of each adapter present."""
+
+    @staticmethod
+    def forward(ctx, x, keep, scalings, count, *tensors):
+        weights, biases, factors = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        sizes = [weight.shape[0] for weight in weights]
+        flat = x.reshape(-1, x.shape[-1])
+        adapters = _adapters(scalings, factors)
+        y = _base(flat, weights, biases)
+        u = None
+        if factors:
+            a, b = _join_adapters(adapters, sizes, x)
+            u = (flat if keep is None else flat * keep) @ a.T  # (N, sum R)
+            y.addmm_(u, b.T)
+        ctx.save_for_backward(flat, keep, u, *tensors)
+        ctx.scalings, ctx.count, ctx.shape = scalings, count, x.shape
+        return tuple(part.unflatten(0, x.shape[:-1]) for part in y.split(sizes, dim=1))
+
+    @staticmethod
+    def backward(ctx, *dys):
+        flat, keep, u, *tensors = ctx.saved_tensors
+        count, needs = ctx.count, ctx.needs_input_grad[4:]
+        weights, factors = tensors[:count], tensors[2 * count :]
+        sizes = [weight.shape[0] for weight in weights]
+        dy = torch.cat([part.reshape(-1, part.shape[-1]) for part in dys], dim=1) if count > 1 else dys[0].reshape(
+            -1, sizes[0]
+        )
+        dx = dy @ _join(weights) if ctx.needs_input_grad[0] else None
+        grads: list[torch.Tensor | None] = [None] * len(tensors)
+        if factors:
+            a, b = _join_adapters(_adapters(ctx.scalings, factors), sizes, flat)
+            du = dy @ b  # (N, sum R)
+            if dx is not None:
+                dx = dx.addmm_(du, a) if keep is None else dx.add_((du @ a).mul_(keep))
+            da = du.T @ (flat if keep is None else flat * keep)
+            db = dy.T @ u
+            grads[2 * count :] = _split_adapters(da, db, ctx.scalings, factors, sizes)
+        if any(needs[:count]):
+            dw = (dy.T @ flat).split(sizes)
+            grads[:count] = [part if need else None for part, need in zip(dw, needs[:count], strict=True)]
+        for i in range(count):
+            if needs[count + i]:
+                grads[count + i] = dys[i].reshape(-1, sizes[i]).sum(0)
+        return (None if dx is None else dx.view(ctx.shape), None, None, None, *grads)
+
+
+def _adapters(scalings, factors) -> list[Adapter | None]:
+    """Pair the flat factors (A, B, A, B, ...) with the scalings; a scaling of None has no adapter."""
+    pairs = iter(zip(factors[::2], factors[1::2], strict=True))
+    return [None if s is None else Adapter(*next(pairs), s) for s in scalings]
+
+
+def _base(flat, weights, biases):
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat([flat.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)])
+    return F.linear(flat, _join(list(weights)), bias)
+
+
+def _split_adapters(da, db, scalings, factors, sizes) -> list[torch.Tensor]:
+    """Cut each adapter's own rows out of dA (sum R, in), and its block out of dB (sum out, sum R)."""
+    grads, row, column = [], 0, 0
+    for size, adapter in zip(sizes, _adapters(scalings, factors), strict=True):
+        if adapter is not None:
+            rank = adapter.A.shape[0]
+            grads.append(da[column : column + rank].to(adapter.A.dtype))
+            grads.append(db[row : row + size, column : column + rank].to(adapter.B.dtype) * adapter.scaling)
+            column += rank
+        row += size
+    return grads
+
+
+def projections(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    adapters: list[Adapter | None],
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, ...]:
+    """Apply n linear maps with optional adapters to one input.
+
+    Args:
+        x: (..., in).
+        weights: n tensors (out_i, in); computed in one matmul, without copying when `stacked`.
+        biases: n tensors (out_i,) or None.
+        adapters: n adapters or None; their factors are cast to x's dtype for the matmul.
+        dropout: share of x's elements dropped on the adapters' way; one mask for all of them.
+
+    Returns:
+        n tensors (..., out_i).
+    """
+    present = [adapter for adapter in adapters if adapter is not None]
+    factors = [factor for adapter in present for factor in (adapter.A, adapter.B)]
+    tracked = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *weights, *biases, *factors)
+    )
+    if not tracked and not present:
+        y = _base(x, weights, biases)
+        return (y,) if len(weights) == 1 else y.split([weight.shape[0] for weight in weights], dim=-1)
+    keep = None
+    if dropout and present:
+        shape = (x.numel() // x.shape[-1], x.shape[-1])
+        keep = torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - dropout).div_(1 - dropout)
+    scalings = tuple(None if adapter is None else adapter.scaling for adapter in adapters)
+    return _Projections.apply(x, keep, scalings, len(weights), *weights, *biases, *factors)
