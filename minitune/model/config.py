@@ -94,14 +94,14 @@ class ModelConfig:
                 raise ConfigError(f"model config: {name} is {value!r}; it must be a positive number")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"model config: {self.num_heads} attention heads cannot share {self.num_kv_heads} key/value heads evenly"
+                f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly"
             )
         if self.head_dim % 2:
             raise ConfigError(f"model config: head_dim {self.head_dim} is odd; rotary embedding turns pairs")
         for name, ids in (("bos", (self.bos_id,)), ("eos", self.eos_ids), ("pad", (self.pad_id,))):
             for token in ids:
                 if token is not None and not (isinstance(token, int) and -1 <= token < self.vocab_size):
-                    raise ConfigError(f"model config: {name} id {token!r} is outside the vocabulary of {self.vocab_size}")
+                    raise ConfigError(f"model config: {name} id {token!r} is outside the {self.vocab_size} tokens")
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any], where: str = "config.json") -> "ModelConfig":
@@ -132,7 +132,7 @@ class ModelConfig:
         values.setdefault("num_kv_heads", values["num_heads"])
         if "head_dim" not in values:
             if not values["num_heads"] or values["hidden_size"] % values["num_heads"]:
-                raise ConfigError(f"{where}: hidden_size is not a multiple of num_attention_heads and head_dim is missing")
+                raise ConfigError(f"{where}: head_dim is missing and heads do not divide hidden_size")
             values["head_dim"] = values["hidden_size"] // values["num_heads"]
         eos = fields.get("eos_token_id")
         eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)

@@ -39,7 +39,8 @@ def _targets(model: nn.Module, wanted: tuple[str, ...] | str) -> dict[str, Linea
         if not hits:
             known = sorted({path.rsplit(".", 1)[-1] for path in layers})
             raise ConfigError(
-                f"lora.target_modules: no linear layer is called {name!r}; there are {', '.join(known)}{nearest(name, known)}"
+                f"lora.target_modules: no linear layer is called {name!r}; "
+                f"there are {', '.join(known)}{nearest(name, known)}"
             )
         chosen |= hits
     return {path: layer for path, layer in layers.items() if path in chosen}

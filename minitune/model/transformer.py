@@ -50,7 +50,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, rope, mask, causal: bool, cache: KVCache | None) -> torch.Tensor:
         """Map x (B, T, D) to (B, T, D); `rope` is (cos, sin), `mask` (B, 1, T, S) or None."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in project(x, (self.q_proj, self.k_proj, self.v_proj)))
+        parts = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # (B, T, H d) -> (B, T, H, d)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, T, H, d) -> (B, H, T, d)
         if cache is not None:
@@ -169,7 +170,7 @@ class Transformer(nn.Module):
             DataError: an id outside the vocabulary.
         """
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            raise DataError(f"a token id is outside the model's vocabulary of {self.config.vocab_size}; wrong tokenizer?")
+            raise DataError(f"a token id is not below the vocabulary size {self.config.vocab_size}; wrong tokenizer?")
         offset = 0 if cache is None else cache.length
         mask, causal = None, offset == 0
         if positions is None:
