@@ -1,0 +1,167 @@
+"""Writes that a killed process cannot leave half done.
+
+Everything is written to a temporary sibling `.NAME.tmp-PID-xxxxxxxx`, forced to the disk (fsync of every
+file, then of the folder) and renamed over the target in one step; the rename is forced too. A folder that
+replaces another moves the old one to `.NAME.old-PID-xxxxxxxx` first, and back if the second rename never
+happens. The next writer of the same target removes what a dead writer left and restores a displaced
+folder. Writing in place with a backup was rejected: a reader can meet the half-written state.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minitune.errors import CheckpointError
+
+_live: set[Path] = set()  # temporaries of this process; its pid may be that of an earlier, dead one
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` when the block ends without an error.
+
+    Args:
+        path: the folder to make; its parents are made too.
+        overwrite: whether a folder already there, with content, is replaced as a whole.
+        marker: name of a file written after all others: JSON with each file's size in bytes, for `check_folder`.
+
+    Raises:
+        CheckpointError: something is there already and `overwrite` is False, or a file is in the way.
+        OSError: the disk is full, or the place is not writable; what was there before is untouched.
+    """
+    path = Path(os.path.abspath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(path)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file; a folder was to be written there")
+    if not overwrite and path.exists() and any(path.iterdir()):
+        raise CheckpointError(f"{path} exists already and is not empty; choose another folder or allow overwriting")
+    with _temporary(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        if marker:
+            _write_marker(temporary, marker)
+        for folder, _, names in os.walk(temporary, topdown=False):
+            for name in (*names, "."):
+                _sync(Path(folder, name))
+        _replace_folder(temporary, path)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a path to write to; the file written there becomes `path` when the block ends without an error."""
+    path = Path(os.path.abspath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(path)
+    with _temporary(path) as temporary:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+def check_folder(folder: Path, marker: str) -> None:
+    """Raise CheckpointError where `folder` is not the whole of what its writer finished."""
+    try:
+        sizes = json.loads((folder / marker).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is incomplete: it has no {marker}, so its writer never finished") from None
+    except ValueError:
+        raise CheckpointError(f"{folder / marker} is damaged; use an earlier checkpoint") from None
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
+            raise CheckpointError(f"{folder / name} {what}; the checkpoint is damaged, use an earlier one")
+
+
+def clean_leftovers(path: Path) -> None:
+    """Remove what dead writers of `path` left beside it; put a displaced folder back where `path` is missing."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(tmp|old)-(\d+)-[0-9a-f]{{8}}")
+    for sibling in list(path.parent.iterdir()):
+        match = pattern.fullmatch(sibling.name)
+        if not match or sibling in _live or _is_alive(int(match[2])):
+            continue
+        if match[1] == "old" and not path.exists():
+            os.rename(sibling, path)
+        else:
+            _remove(sibling)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield an unused name beside `path`; whatever is there after an error is removed."""
+    temporary = _sibling(path, "tmp")
+    _live.add(temporary)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        _live.discard(temporary)
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`; a folder already there is moved aside, then removed."""
+    displaced = None
+    if path.exists() and any(path.iterdir()):
+        displaced = _sibling(path, "old")
+        os.rename(path, displaced)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        if displaced is not None:
+            os.rename(displaced, path)
+        raise
+    _sync(path.parent)
+    if displaced is not None:
+        _remove(displaced)
+
+
+def _write_marker(folder: Path, marker: str) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    for file in files:
+        _sync(file)
+    (folder / marker).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to the disk; folders cannot be opened on Windows, where this is skipped."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Tell whether another process with this id runs; where that cannot be asked safely, say yes."""
+    if pid == os.getpid():
+        return False
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
