@@ -1,0 +1,156 @@
+"""Examples -> batches: which rows are trained together and in which order, and their tensors.
+
+A plan is a pure function of the lengths, the seed and the epoch, so a resumed run sees the same rows. Packing
+puts several documents into one row of at most `max_length` tokens by best-fit decreasing: the longest first,
+each into the fullest row that still holds it, at most 11/9 of the best possible number of rows (Johnson 1974).
+Open rows are found by bisecting the sizes of the gaps there are, at most `max_length` of them, so 100,000
+examples take well under a second. Cutting documents at the row's end ("wrapped" packing) was rejected: it fills
+rows completely but trains on answers without their questions.
+"""
+
+import hashlib
+import random
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from minitune.data.examples import Example
+from minitune.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+_SORTED_WINDOW = 50  # batches whose rows are sorted together: little padding, and neighbours still change
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of B rows and T tokens, each row one document or several packed ones.
+
+    ids (B, T) int64; targets (B, T) int64: the id of the next token of the same document if that token is to be
+    learned, else -100; positions (B, T) int64: the token's place in its own document, 0 for padding.
+    """
+
+    ids: "torch.Tensor"
+    targets: "torch.Tensor"
+    positions: "torch.Tensor"
+    target_count: int
+    document_count: int
+
+
+def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+    """Return the tensors of `rows`, each a list of documents laid end to end, padded on the right."""
+    import torch
+
+    width = max(sum(len(example.ids) for example in row) for row in rows)
+    ids = [_padded([i for e in row for i in e.ids], width, pad_id) for row in rows]
+    targets = [_padded([t for e in row for t in shifted_targets(e)], width, IGNORED) for row in rows]
+    positions = [_padded([p for e in row for p in range(len(e.ids))], width, 0) for row in rows]
+    count = sum(target != IGNORED for row in targets for target in row)
+    documents = sum(map(len, rows))
+    return Batch(torch.tensor(ids), torch.tensor(targets), torch.tensor(positions), count, documents)
+
+
+def shifted_targets(example: Example) -> list[int]:
+    """Return what each token of a document has to predict: the next token if it is a target, else -100."""
+    following = zip(example.ids[1:], example.targets[1:], strict=True)
+    return [token if learned else IGNORED for token, learned in following] + [IGNORED]
+
+
+def _padded(values: list[int], width: int, filler: int) -> list[int]:
+    return values + [filler] * (width - len(values))
+
+
+def plan_batches(
+    lengths: Sequence[int], *, batch_size: int, max_length: int, packing: bool, seed: int, epoch: int
+) -> list[list[list[int]]]:
+    """Return one epoch: batches of up to `batch_size` rows of example indices, every example exactly once.
+
+    With `packing` a row holds examples of together at most `max_length` tokens. Without, a row is one example
+    and rows of like length share a batch. Raises ConfigError for a length that fits no row.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size}: must be at least 1")
+    if lengths and max(lengths) > max_length:
+        raise ConfigError(f"an example of {max(lengths)} tokens is over max_length {max_length}")
+    order = shuffled(len(lengths), seed, epoch, "rows")
+    if packing:
+        rows = _best_fit(order, lengths, max_length)
+        rows = [rows[i] for i in shuffled(len(rows), seed, epoch, "packed rows")]
+    else:
+        window = batch_size * _SORTED_WINDOW
+        parts = [order[i : i + window] for i in range(0, len(order), window)]
+        rows = [[i] for part in parts for i in sorted(part, key=lengths.__getitem__)]
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batches[i] for i in shuffled(len(batches), seed, epoch, "batches")]
+
+
+def _best_fit(order: list[int], lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Pack the longest first, each example into the row it fills best; equals go in the given order."""
+    rows: list[list[int]] = []
+    open_rows: dict[int, list[list[int]]] = {}  # free tokens -> the rows that have that many
+    gaps: list[int] = []  # the keys of open_rows, sorted
+    for index in sorted(order, key=lengths.__getitem__, reverse=True):
+        at = bisect_left(gaps, lengths[index])
+        if at == len(gaps):
+            row, free = [], max_length
+            rows.append(row)
+        else:
+            free = gaps[at]
+            row = open_rows[free].pop()
+            if not open_rows[free]:
+                del open_rows[free], gaps[at]
+        row.append(index)
+        free -= lengths[index]
+        if free:
+            if free not in open_rows:
+                insort(gaps, free)
+            open_rows.setdefault(free, []).append(row)
+    return rows
+
+
+def shuffled(count: int, *key: int | str) -> list[int]:
+    """Return 0..count-1 in an order that `key` alone decides, the same on every machine and Python.
+
+    Sorting by `random.random` is used because Python promises that sequence, and not that of `shuffle`.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    draw = random.Random(int.from_bytes(digest, "big")).random
+    marks = [draw() for _ in range(count)]
+    return sorted(range(count), key=marks.__getitem__)
+
+
+def mix(sources: Sequence[tuple[Sequence[Example], float | None]], *, seed: int, epoch: int = 0) -> list[Example]:
+    """Return one epoch's examples: as many as there are in all, shared among the sources by weight.
+
+    Weights are relative; without any (all None) every example comes once. A source whose share is under its
+    size gives a part of its rows, one whose share is over gives rows repeatedly; over the epochs all rows of a
+    source come equally often (to within one), as each epoch goes on where the one before stopped. Raises
+    ConfigError for a weight that is not above 0, or weights on some sources only.
+    """
+    counts = mixed_counts([len(examples) for examples, _ in sources], [weight for _, weight in sources])
+    mixed = []
+    for number, ((examples, _), count) in enumerate(zip(sources, counts, strict=True)):
+        passes = range(epoch * count // len(examples), -(-(epoch + 1) * count // len(examples)))
+        stream = [i for turn in passes for i in shuffled(len(examples), seed, number, turn, "mix")]
+        start = epoch * count - passes.start * len(examples)
+        mixed += [examples[i] for i in stream[start : start + count]]
+    return mixed
+
+
+def mixed_counts(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
+    """Return how many rows an epoch takes of each source: `sum(sizes)` by weight, the largest remainders up."""
+    if all(weight is None for weight in weights):
+        return list(sizes)
+    for number, weight in enumerate(weights, 1):
+        if weight is None or not 0 < weight < float("inf"):
+            raise ConfigError(f"weight {weight} of data source {number}: must be a number above 0")
+    total = sum(sizes)
+    shares = [total * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
