@@ -1,0 +1,290 @@
+"""What a training run is told: frozen dataclasses, one docstring per field, every value checked.
+
+Options that belong to one method are None until set, so that setting one the method would ignore can be
+refused; `resolved` fills what is still None with the method's default. This file imports no torch: `--help`
+and bad options answer at once. A dictionary with defaults was rejected: a misspelt key would be silent.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from minitune.errors import ConfigError
+from minitune.model.config import LoRAConfig
+
+METHOD_OPTIONS = {"lora": "lora", "last_layers": "last_layers", "pattern": "pattern"}
+LEARNING_RATES = {"lora": 5e-4, "full": 3e-5, "last_layers": 1e-4, "pattern": 1e-4}
+
+
+def _require(good: bool, name: str, value: Any, wanted: str) -> None:
+    """Raise ConfigError naming the field unless `good`."""
+    if not good:
+        raise ConfigError(f"{name} is {value}; it must be {wanted}")
+
+
+def _positive(name: str, value: float | None) -> None:
+    """Refuse zero, negative and non-finite values; None passes."""
+    _require(value is None or 0 < value < float("inf"), name, value, "above 0")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data file of a mixture."""
+
+    path: str
+    """The file: .jsonl, .json, .csv or .txt."""
+    weight: float | None = None
+    """Its share of an epoch's rows, relative to the other files' weights; without weights every row comes once."""
+    format: str = "auto"
+    """alpaca, messages, sharegpt, prompt_completion, text, or auto: told by the fields of the rows."""
+
+    def __post_init__(self):
+        """Refuse a weight without meaning."""
+        _positive(f"data: weight of {self.path}", self.weight)
+
+
+Sources = tuple[Source | str, ...] | Source | str | None
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """Low-rank adapters; all None unless `method` is lora."""
+
+    rank: int | None = None
+    """Width of the adapters; 8 to 64 is usual (default 16)."""
+    alpha: float | None = None
+    """The update is scaled by alpha / rank (default: twice the rank)."""
+    dropout: float | None = None
+    """Share of the adapter's input dropped in training (default 0)."""
+    target_modules: tuple[str, ...] | str | None = None
+    """Linear layers to adapt, as [q_proj,v_proj], or all-linear (default)."""
+    rslora: bool | None = None
+    """Scale by alpha / sqrt(rank) instead (default false)."""
+    plus_ratio: float | None = None
+    """LoRA+: the learning rate of B is this many times that of A (default 1; 16 is usual)."""
+
+    def resolved(self) -> "LoRAOptions":
+        """Return a copy with the defaults filled in."""
+        rank = LoRAConfig.rank if self.rank is None else self.rank
+        defaults = dataclasses.asdict(LoRAConfig()) | {"rank": rank, "alpha": 2.0 * rank, "plus_ratio": 1.0}
+        return LoRAOptions(**_filled(self, defaults))
+
+    def adapter(self) -> LoRAConfig:
+        """Return what the model needs to know, checked."""
+        values = dataclasses.asdict(self.resolved())
+        _positive("lora.plus_ratio", values.pop("plus_ratio"))
+        return LoRAConfig(**values)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) and gradient clipping."""
+
+    learning_rate: float | None = None
+    """Peak rate (default: 5e-4 for lora, 3e-5 for full, 1e-4 for last_layers and pattern)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices; norms and biases are never decayed."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this global norm; null switches clipping off."""
+
+    def __post_init__(self):
+        """Refuse values without meaning."""
+        _positive("optimizer.learning_rate", self.learning_rate)
+        _positive("optimizer.eps", self.eps)
+        _positive("optimizer.max_grad_norm", self.max_grad_norm)
+        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        _require(0 <= self.weight_decay < 1, "optimizer.weight_decay", self.weight_decay, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up; wsd holds the peak and decays at the end."""
+    warmup: float = 0.05
+    """Share of all steps in which the rate rises from 0 to its peak."""
+    decay: float | None = None
+    """wsd only: share of all steps that decay at the end (default 0.2)."""
+    final_ratio: float | None = None
+    """Rate at the end as a share of the peak (default 0); not for constant."""
+
+    def __post_init__(self):
+        """Refuse shares outside 0..1 and options of other kinds."""
+        _require(0 <= self.warmup < 1, "schedule.warmup", self.warmup, "a share of the run, in [0, 1)")
+        if self.decay is not None:
+            _require(self.kind == "wsd", "schedule.decay", self.decay, f"left out: {self.kind} ignores it")
+            good = 0 < self.decay <= 1 - self.warmup
+            _require(good, "schedule.decay", self.decay, "above 0 and at most 1 - schedule.warmup")
+        if self.final_ratio is not None:
+            name, value = "schedule.final_ratio", self.final_ratio
+            _require(self.kind != "constant", name, value, "left out: constant ignores it")
+            _require(0 <= value <= 1, name, value, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation during the run."""
+
+    every_steps: int | None = None
+    """Steps between evaluations (default: a fifth of the run); there is always one before and one after."""
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a new best loss (default: never)."""
+    samples: int = 3
+    """Validation prompts that are answered at each evaluation."""
+    sample_tokens: int = 48
+    """Longest sampled answer, in tokens."""
+
+    def __post_init__(self):
+        """Refuse counts without meaning."""
+        _positive("evaluation.every_steps", self.every_steps)
+        _positive("evaluation.patience", self.patience)
+        _positive("evaluation.sample_tokens", self.sample_tokens)
+        _require(self.samples >= 0, "evaluation.samples", self.samples, "0 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept on disk, to resume from."""
+
+    every_steps: int | None = None
+    """Steps between checkpoints (default: a tenth of the run, at most 200)."""
+    keep: int = 2
+    """How many of the latest are kept; the best weights are kept besides."""
+
+    def __post_init__(self):
+        """Refuse counts without meaning."""
+        _positive("checkpoint.every_steps", self.every_steps)
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. Only `data` has no default."""
+
+    data: Sources = None
+    """Training file, or several as [a.jsonl,b.csv], or with weight and format as in the recipe `mixture`."""
+    model: str = "smollm2-135m-instruct"
+    """Base model: a fetched model's name, a Hugging Face folder or a GGUF file."""
+    adapter: str | None = None
+    """Start from this PEFT adapter folder instead of a fresh one (method lora)."""
+    output: str = "runs/train"
+    """The run folder."""
+    validation: Sources = None
+    """Validation file or files; without, a part of the training rows is held out."""
+    validation_fraction: float | None = None
+    """Share of the training rows held out for validation, 0 for none (default 0.05)."""
+    max_length: int = 512
+    """Longest row in tokens."""
+    truncate: Literal["error", "prompt", "split", "drop"] = "error"
+    """A longer row stops the run, loses the start of its prompt, is split (texts only), or is left out."""
+    packing: bool = True
+    """Several rows side by side in one of max_length, each seeing itself only; false pads instead."""
+    train_on: Literal["all", "last"] = "all"
+    """Learn every assistant turn of a conversation, or its last one."""
+    method: Literal["lora", "full", "last_layers", "pattern"] = "lora"
+    """What is trained."""
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    """Options of method lora."""
+    last_layers: int | None = None
+    """Method last_layers: how many (default 2)."""
+    pattern: str | None = None
+    """Method pattern: a regular expression found in the names of the parameters to train."""
+    batch_size: int = 4
+    """Rows in a micro-batch."""
+    accumulation_steps: int = 4
+    """Micro-batches in an optimiser step."""
+    epochs: float | None = None
+    """Passes over the data (default 1 unless max_steps is given)."""
+    max_steps: int | None = None
+    """Optimiser steps, instead of epochs."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Validation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saved state."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the base's weights and arithmetic; auto is bfloat16 where the processor is fast at it."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    seed: int = 0
+    """Of the adapter's draw, the order of rows and dropout."""
+    threads: int | None = None
+    """Processor threads (default: torch's own choice)."""
+    resume: bool = False
+    """Go on from the last complete checkpoint in `output`; other options come from that run."""
+    overwrite: bool = False
+    """Delete a run that `output` already holds."""
+
+    def __post_init__(self):
+        """Refuse values without meaning and options that the method ignores."""
+        for name in ("max_length", "batch_size", "accumulation_steps", "epochs", "max_steps", "threads"):
+            _positive(name, getattr(self, name))
+        for method, name in METHOD_OPTIONS.items():
+            given = getattr(self, name) not in (None, LoRAOptions())
+            if given and self.method != method:
+                raise ConfigError(f"{name} is set but method is {self.method}, which ignores it; use --method {method}")
+        if self.adapter is not None and self.method != "lora":
+            raise ConfigError(f"adapter is set but method is {self.method}; export a merged model and train that")
+        if self.method == "pattern":
+            _require(bool(self.pattern), "pattern", self.pattern, "a regular expression over parameter names")
+        if self.epochs is not None and self.max_steps is not None:
+            raise ConfigError("epochs and max_steps are both set; the run ends at one of them, leave out the other")
+        if self.validation is not None and self.validation_fraction is not None:
+            raise ConfigError("validation and validation_fraction are both set; leave out one of them")
+        if self.validation_fraction is not None:
+            good = 0 <= self.validation_fraction < 1
+            _require(good, "validation_fraction", self.validation_fraction, "in [0, 1)")
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite contradict each other; leave out one of them")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device is '{self.device}'; it must be auto, cpu, cuda or cuda:N")
+        if self.method == "lora":
+            self.lora.adapter()
+
+    def resolved(self) -> "TrainConfig":
+        """Return a copy with the method's and the schedule's defaults filled in; raises without data."""
+        if not sources(self.data):
+            raise ConfigError("data is missing; name a file, as in --data rows.jsonl")
+        changes: dict[str, Any] = {"data": sources(self.data), "validation": sources(self.validation) or None}
+        changes["optimizer"] = dataclasses.replace(
+            self.optimizer, learning_rate=self.optimizer.learning_rate or LEARNING_RATES[self.method]
+        )
+        kind, defaults = self.schedule.kind, {}
+        if kind != "constant":
+            defaults["final_ratio"] = 0.0
+        if kind == "wsd":
+            defaults["decay"] = min(0.2, 1 - self.schedule.warmup)
+        changes["schedule"] = ScheduleConfig(**_filled(self.schedule, defaults))
+        if self.method == "lora" and self.adapter is None:
+            changes["lora"] = self.lora.resolved()
+        if self.method == "last_layers" and self.last_layers is None:
+            changes["last_layers"] = 2
+        if self.epochs is None and self.max_steps is None:
+            changes["epochs"] = 1.0
+        if self.validation is None and self.validation_fraction is None:
+            changes["validation_fraction"] = 0.05
+        return dataclasses.replace(self, **changes)
+
+
+def sources(given: Sources) -> tuple[Source, ...]:
+    """Return data files as Sources, whichever way they were written."""
+    several = given if isinstance(given, tuple | list) else () if given is None else (given,)
+    return tuple(source if isinstance(source, Source) else Source(str(Path(source))) for source in several)
+
+
+def _filled(options: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a dataclass, each None replaced by its default where there is one."""
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    return {name: defaults.get(name) if value is None else value for name, value in given.items()}

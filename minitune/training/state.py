@@ -1,0 +1,245 @@
+"""The state of a run on disk: everything that the next micro-batch depends on, and nothing else.
+
+A checkpoint `step-0000050` (or `step-0000050-02`: two micro-batches into the next step) holds
+
+    weights.safetensors     what trains; the frozen base is only named, by `fingerprint`
+    optimizer.safetensors   moments and masters
+    window.safetensors      random states, and the summed gradients of an open accumulation window
+    state.json              counters, the fingerprint and the sha256 of the three files
+
+It is written to a temporary folder, forced to disk and renamed, so a killed run finds its last complete one;
+a damaged one is refused by name and the one before it used. torch.save was rejected: it pickles.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minitune.checkpoint.files import atomic_folder, clean_leftovers
+from minitune.errors import CheckpointError
+from minitune.training.config import TrainConfig
+from minitune.training.optimizer import Optimizer
+
+FILES = ("weights", "optimizer", "window")
+# Options that may change when a run goes on: they do not touch the numbers.
+NEUTRAL = {"data", "validation", "model", "adapter", "output", "evaluation.samples", "evaluation.sample_tokens",
+           "checkpoint.every_steps", "checkpoint.keep", "device", "threads", "resume", "overwrite"}  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """How far a run is. Losses are in nats: sums in the window, means per target token elsewhere."""
+
+    step: int = 0
+    batches: int = 0
+    micro: int = 0
+    window_loss: float = 0.0
+    window_weight: int = 0
+    since_loss: float = 0.0
+    since_weight: int = 0
+    target_tokens: int = 0
+    seconds: float = 0.0
+    high_losses: int = 0
+    started_low: bool = False
+    best_step: int | None = None
+    best_loss: float | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint folder; names sort in the order of progress."""
+        return f"step-{self.step:07d}" + (f"-{self.micro:02d}" if self.micro else "")
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Return a sha256 over every parameter's name, shape and 64 elements spread over it."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        chosen = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)]
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(struct.pack("<64d", *chosen.double().tolist()))
+    return digest.hexdigest()
+
+
+def fingerprint(config: TrainConfig, files: list[dict[str, Any]], base: str, dtype: str) -> dict[str, Any]:
+    """Return what must be equal for a run to go on: options that matter, data by sha256, the base model."""
+    options = {name: value for name, value in _flat(dataclasses.asdict(config)).items() if name not in NEUTRAL}
+    rows = {f"data {file['path']}": [file["sha256"], file["weight"], file["format"]] for file in files}
+    # A file that moved is the same file: the paths serve error lines only, so entries are numbered.
+    data = {f"data file {i + 1}": [Path(path[5:]).name, *what] for i, (path, what) in enumerate(rows.items())}
+    return json.loads(json.dumps({**options, "dtype": dtype, **data, "base model": base}))
+
+
+def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+    """Raise CheckpointError naming the first field in which a run differs from its checkpoint."""
+    for name in {**saved, **now}:
+        old, new = saved.get(name), now.get(name)
+        if old != new:
+            what = "is another one" if "model" in name or "data" in name else f"was {old} and is now {new}"
+            raise CheckpointError(
+                f"cannot resume from {where}: {name} {what}; give the same as before, or start a new --output"
+            )
+
+
+def save_checkpoint(
+    root: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer, progress: Progress, matters: dict, keep: int
+) -> Path:
+    """Write a checkpoint below `root` and prune older ones; returns its folder.
+
+    Raises OSError when the disk is full; nothing that was there before is touched then.
+    """
+    gradients = {f"gradient.{n}": p.grad for n, p in parameters.items() if progress.micro and p.grad is not None}
+    window = {"random.cpu": torch.get_rng_state(), **gradients}
+    if torch.cuda.is_initialized():
+        window["random.cuda"] = torch.cuda.get_rng_state()
+    folder = root / progress.name
+    with atomic_folder(folder, overwrite=True) as temporary:
+        for name, tensors in zip(FILES, (parameters, optimizer.state(), window), strict=True):
+            write_tensors(temporary / f"{name}.safetensors", tensors)
+        state = {
+            "progress": dataclasses.asdict(progress),
+            "fingerprint": matters,
+            "sha256": {name: file_sha256(temporary / f"{name}.safetensors") for name in FILES},
+        }
+        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    _prune(root, keep)
+    return folder
+
+
+def save_best(root: Path, parameters: dict[str, nn.Parameter], step: int) -> None:
+    """Write the weights alone as `best-STEP`; older ones go when no checkpoint refers to them."""
+    with atomic_folder(root / f"best-{step:07d}", overwrite=True) as temporary:
+        write_tensors(temporary / "weights.safetensors", parameters)
+
+
+@torch.no_grad()
+def load_best(root: Path, parameters: dict[str, nn.Parameter], step: int) -> None:
+    """Put the weights of `best-STEP` into the parameters."""
+    _fill(parameters, _read_tensors(root / f"best-{step:07d}" / "weights.safetensors"))
+
+
+def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """Return folder and state of the last sound checkpoint below `root`, None when there is none.
+
+    A damaged one is reported through `warn` and moved out of the way.
+    """
+    for hidden in list(root.glob(".*-*")):
+        clean_leftovers(root / hidden.name[1:].split(".")[0])
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        if folder.suffix:
+            continue
+        try:
+            return folder, _read_state(folder)
+        except CheckpointError as error:
+            warn(f"{error}; using the checkpoint before it")
+            refused = folder.with_suffix(".refused")
+            shutil.rmtree(refused, ignore_errors=True)
+            folder.rename(refused)
+    return None
+
+
+@torch.no_grad()
+def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Put weights, moments, random states and open gradients back as they were saved in `folder`."""
+    _fill(parameters, _read_tensors(folder / "weights.safetensors"))
+    optimizer.load(_read_tensors(folder / "optimizer.safetensors"))
+    window = _read_tensors(folder / "window.safetensors")
+    torch.set_rng_state(window["random.cpu"])
+    if "random.cuda" in window and torch.cuda.is_available():
+        torch.cuda.set_rng_state(window["random.cuda"])
+    for name, parameter in parameters.items():
+        gradient = window.get(f"gradient.{name}")
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors; one that is a view into a larger storage is copied out of it first."""
+    own = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu()
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        own[name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+    try:
+        save_file(own, str(path))
+    except SafetensorError as error:
+        raise _disk_error(error, path) from None
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hexadecimal sha256 of a file."""
+    with open(path, "rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _disk_error(error: SafetensorError, path: Path) -> Exception:
+    """Return the OSError that safetensors wrapped, so that a full disk reads as one."""
+    number = [int(part.rstrip(")")) for part in str(error).split("os error ")[1:] if part.rstrip(") ").isdigit()]
+    return OSError(number[0], str(error), str(path)) if number else error
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Return the state of a checkpoint; CheckpointError names the file that is missing or damaged."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        sums = {name: state["sha256"][name] for name in FILES}
+        Progress(**state["progress"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / 'state.json'} is missing or damaged") from None
+    for name, expected in sums.items():
+        path = folder / f"{name}.safetensors"
+        if not path.is_file() or file_sha256(path) != expected:
+            raise CheckpointError(f"{path} is missing, truncated or damaged")
+    return state
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file, or say that it is damaged."""
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+    """Copy tensors into the parameters of the same names."""
+    for name, parameter in parameters.items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise CheckpointError(f"the checkpoint has no weight {name} of shape {tuple(parameter.shape)}")
+        parameter.copy_(tensors[name])
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints, and best weights that none of those refers to."""
+    folders = sorted(folder for folder in root.glob("step-*") if not folder.suffix)
+    for folder in folders[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+    used = set()
+    for folder in folders[-keep:]:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        used.add(f"best-{state['progress']['best_step'] or 0:07d}")
+    for folder in root.glob("best-*"):
+        if folder.name not in used:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with dotted names."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
