@@ -1,0 +1,165 @@
+"""LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+PEFT names the tensors of module M `base_model.model.M.lora_A.weight` (R, in) and `.lora_B.weight` (out, R).
+Which modules are adapted is read from those names, which is the truth, rather than from `target_modules`,
+which is a pattern. A field of the config that would change the result and is not implemented is refused.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from minitune.checkpoint.files import atomic_file
+from minitune.checkpoint.huggingface import read_json, refuse_pickle, write_json
+from minitune.checkpoint.safetensors_io import StoredTensor, read_header, write_tensors
+from minitune.errors import CheckpointError, ConfigError
+from minitune.model.config import LoRAConfig
+from minitune.model.lora import add_lora, linear_modules, lora_modules
+from minitune.model.transformer import Transformer
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_LISTED = 8
+
+_USED = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+# Where it came from, or which modules it has; the tensors themselves say the latter.
+_INERT = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
+}  # fmt: skip
+# Initialisations that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
+    """Add the adapter in `folder` to `model`, in place, and return its configuration.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, a field of the config is not implemented, or tensors do not
+            fit this model; the model is unchanged then.
+        ConfigError: the model has an adapter already.
+    """
+    folder = Path(folder)
+    fields = read_json(folder / CONFIG)
+    _check_fields(fields, folder / CONFIG)
+    if not (folder / WEIGHTS).is_file():
+        for file in sorted(folder.iterdir()):
+            refuse_pickle(file)
+    tensors = read_header(folder / WEIGHTS)
+    targets = _check_fit(model, tensors, fields["r"], folder)
+    try:
+        config = LoRAConfig(
+            rank=fields["r"],
+            alpha=fields.get("lora_alpha", fields["r"]),
+            dropout=fields.get("lora_dropout") or 0.0,
+            target_modules=targets,
+            rslora=bool(fields.get("use_rslora")),
+        )
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    for path, lora in add_lora(model, config).items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"].read_into(lora.A)
+        tensors[f"{_PREFIX}{path}.lora_B.weight"].read_into(lora.B)
+    return config
+
+
+def save_adapter(
+    model: Transformer, folder: str | Path, base_name: str | None = None, config: LoRAConfig | None = None
+) -> None:
+    """Write the model's adapters to `folder` as PEFT does, fp32; other files there stay.
+
+    Args:
+        model: has adapters of one rank and scaling.
+        folder: where to; made if missing.
+        base_name: the base model's name or path, for the record.
+        config: what the adapters were made with. None: alpha is derived from the scaling.
+
+    Raises:
+        CheckpointError: the model has no adapter, or adapters that one config cannot describe.
+    """
+    adapters = lora_modules(model)
+    shapes = {(lora.A.shape[0], lora.scaling, lora.dropout) for lora in adapters.values()}
+    if len(shapes) != 1:
+        raise CheckpointError("there is no adapter to save" if not shapes else f"adapters differ: {sorted(shapes)}")
+    rank, scaling, dropout = shapes.pop()
+    if config is not None and (config.rank, config.scaling) != (rank, scaling):
+        raise CheckpointError(f"the adapters have rank {rank} and scaling {scaling}, which {config} does not describe")
+    tensors = {}
+    for path, lora in adapters.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = lora.A
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = lora.B
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": config.alpha if config else scaling * rank,
+        "lora_dropout": dropout,
+        "use_rslora": config.rslora if config else False,
+        "target_modules": _target_names(model, adapters),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+    folder = Path(folder)
+    with atomic_file(folder / WEIGHTS) as temporary:
+        write_tensors(temporary, tensors)
+    with atomic_file(folder / CONFIG) as temporary:
+        write_json(temporary, fields)
+
+
+def fail_listing(what: str, problems: list[str]) -> None:
+    """Raise CheckpointError naming every problem, the first few in full; return where there is none."""
+    if problems:
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise CheckpointError(f"{what}: {'; '.join(problems[:_LISTED])}{more}")
+
+
+def _check_fields(fields: dict[str, Any], where: Path) -> None:
+    """Raise CheckpointError for a field that changes the result in a way not implemented here."""
+    if fields.get("peft_type") != "LORA":
+        raise CheckpointError(f"{where}: peft_type {fields.get('peft_type')!r} is not supported; supported: LORA")
+    if fields.get("task_type") not in ("CAUSAL_LM", None):
+        raise CheckpointError(f"{where}: task_type {fields['task_type']!r} is not supported; supported: CAUSAL_LM")
+    if not isinstance(fields.get("r"), int):
+        raise CheckpointError(f"{where}: r is {fields.get('r')!r}; it must be a whole number")
+    if fields.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise CheckpointError(
+            f"{where}: init_lora_weights = {fields['init_lora_weights']!r} changes the base weights; "
+            f"convert the adapter to plain LoRA in PEFT (path_initial_model_for_weight_conversion)"
+        )
+    problems = []
+    for name, value in fields.items():
+        neutral = value in (None, False, "none", "", 0) or value == {} or value == []
+        if not neutral and name not in _USED | _INERT | {"init_lora_weights"}:
+            problems.append(f"{name} = {value!r} is not implemented")
+    fail_listing(str(where), problems)
+
+
+def _check_fit(model: Transformer, tensors: dict[str, StoredTensor], rank: int, folder: Path) -> tuple[str, ...]:
+    """Return the paths of the adapted modules; CheckpointError listing every tensor that does not fit."""
+    layers = linear_modules(model)
+    problems, paths = [], {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", name)
+        if not match or match[1] not in layers:
+            problems.append(f"{name} has no place in this model")
+            continue
+        out_features, in_features = layers[match[1]].weight.shape
+        paths.setdefault(match[1], set()).add(match[2])
+        wanted = (rank, in_features) if match[2] == "A" else (out_features, rank)
+        if tensor.shape != wanted or not tensor.dtype.is_floating_point:
+            problems.append(f"{name} is {list(tensor.shape)} {tensor.dtype} instead of {list(wanted)}")
+    problems += [f"{path} has only half of its pair" for path, halves in paths.items() if len(halves) == 1]
+    fail_listing(f"{folder} is not an adapter of this model", problems or ([] if paths else ["it holds no tensors"]))
+    return tuple(paths)
+
+
+def _target_names(model: Transformer, adapters: dict[str, Any]) -> list[str]:
+    """Return short names ("q_proj") where they select exactly the adapted modules, else full paths."""
+    short = {path.rsplit(".", 1)[-1] for path in adapters}
+    selected = {path for path in linear_modules(model) if path.rsplit(".", 1)[-1] in short}
+    return sorted(short if selected == set(adapters) else adapters)

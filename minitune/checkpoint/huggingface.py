@@ -1,0 +1,167 @@
+"""Hugging Face folders: `config.json`, safetensors in one file or in shards with an index, tokenizer files.
+
+Every path in an index stays inside its folder, links included; pickle files are refused, since loading
+one runs whatever code it holds.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitune.checkpoint.files import atomic_folder
+from minitune.checkpoint.safetensors_io import StoredTensor, read_header, write_tensors
+from minitune.errors import CheckpointError
+from minitune.model.lora import lora_modules
+from minitune.model.transformer import Transformer
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; CheckpointError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return content
+
+
+def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """Return the content of a folder's `config.json`, with every stop id, and its tensors by name.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, a pickle, or outside the folder.
+    """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is an adapter, not a model; give its base as the model, this as the adapter")
+    fields = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        stops = [*_as_list(fields.get("eos_token_id")), *_as_list(read_json(generation).get("eos_token_id"))]
+        fields["eos_token_id"] = list(dict.fromkeys(stops))
+    if (folder / INDEX).is_file():
+        return fields, _sharded(folder)
+    if (folder / SINGLE).is_file():
+        return fields, read_header(_inside(folder, SINGLE))
+    for file in sorted(folder.iterdir()):
+        refuse_pickle(file)
+    raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}")
+
+
+def refuse_pickle(file: Path) -> None:
+    """Raise CheckpointError where a file's name says that it is a pickle."""
+    if file.suffix in _PICKLES:
+        raise CheckpointError(
+            f"{file} is a pickle, which runs code when loaded; it is refused, convert it to safetensors"
+        )
+
+
+def _as_list(ids: Any) -> list:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _sharded(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors that an index names, each from the shard it names."""
+    names = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+        raise CheckpointError(f"{folder / INDEX}: weight_map must be an object of tensor name -> file name")
+    shards = {shard: read_header(_inside(folder, shard)) for shard in sorted(set(names.values()))}
+    absent = [name for name, shard in names.items() if name not in shards[shard]]
+    if absent:
+        raise CheckpointError(f"{folder / names[absent[0]]} lacks {absent[0]}, which {INDEX} says is there")
+    tensors: dict[str, StoredTensor] = {}
+    for shard, content in shards.items():
+        twice = tensors.keys() & content.keys()
+        if twice:
+            raise CheckpointError(f"{folder / shard}: {min(twice)} is in two shards")
+        tensors |= content
+    return tensors
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return the file `name` of `folder`; CheckpointError where it, or what it links to, is elsewhere.
+
+    The hub's own cache is the exception: there `snapshots/REVISION/FILE` links to `blobs/` of the same repository.
+    """
+    path, home = folder / name, folder.resolve()
+    real = path.resolve()
+    in_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    if ".." in Path(name).parts or not (real.is_relative_to(home) or in_cache):
+        raise CheckpointError(f"{folder}: the file {name!r} leads outside the folder; it is refused")
+    return path
+
+
+def save_model(
+    model: Transformer,
+    tokenizer: Any | None,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = 4_000_000_000,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a Hugging Face folder that transformers reads, in one atomic step.
+
+    Args:
+        model: its adapters must have been merged.
+        tokenizer: a `minitune.text` tokenizer, saved with its chat template; None for a folder without one.
+        folder: where to; see `overwrite`.
+        max_shard_bytes: above this the weights are split over files with an index.
+        dtype: of the weights in the files, the model's own by default.
+        overwrite: whether to replace a folder that is there.
+
+    Raises:
+        CheckpointError: the folder is there already, or the model has an unmerged adapter.
+        OSError: the disk is full; what was in `folder` before is untouched.
+    """
+    if lora_modules(model):
+        raise CheckpointError("the model has an adapter; merge it first, or save the adapter alone (save_adapter)")
+    tensors = dict(model.state_dict())
+    dtype = dtype or tensors["model.embed_tokens.weight"].dtype
+    config = {**model.config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
+    stops = [*model.config.eos_ids, *(tokenizer.end_ids if tokenizer else ())]
+    generation = {
+        "bos_token_id": model.config.bos_id,
+        "eos_token_id": list(dict.fromkeys(stops)),
+        "pad_token_id": model.config.pad_id,
+    }
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "generation_config.json", {k: v for k, v in generation.items() if v not in (None, [])})
+        _write_shards(temporary, tensors, dtype, max_shard_bytes)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, limit: int) -> None:
+    """Write `tensors` in their order, as few files as `limit` bytes each allow."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    files = [SINGLE]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        total = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    for file, names in zip(files, shards, strict=True):
+        write_tensors(folder / file, {name: tensors[name].to(dtype) for name in names})

@@ -1,0 +1,151 @@
+"""A name or a path in, a model out: weights stream tensor by tensor into a model allocated once.
+
+What the file holds is compared with what the model needs before anything is allocated, and every misfit is
+listed in one error. Then each tensor is read, dequantised or converted straight into its place, on a few
+threads. Building a state dict first was rejected: it would hold the model twice.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from minitune.checkpoint.adapter import fail_listing, load_adapter
+from minitune.checkpoint.huggingface import open_folder, refuse_pickle
+from minitune.checkpoint.sources import resolve
+from minitune.errors import CheckpointError, ConfigError, nearest
+from minitune.model.config import ModelConfig
+from minitune.model.transformer import Transformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_THREADS = 4
+_IGNORED = (".rotary_emb.inv_freq",)  # a table that old checkpoints store; it follows from the config
+
+
+class Stored(Protocol):
+    """A tensor in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read_into(self, destination: torch.Tensor) -> None:
+        """Fill `destination`, of the same shape."""
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    adapter: str | Path | None = None,
+) -> Transformer:
+    """Load a model from a Hugging Face folder or a GGUF file; a tokenizer need not be there.
+
+    Args:
+        name_or_path: a name in weights/manifest.toml that was fetched, a folder, or a .gguf file.
+        dtype: "float32", "bfloat16", "float16" or the torch dtype. None: as stored (where dtypes are mixed, that of
+            most elements); fp32 for a quantised GGUF.
+        device: where the weights go, each as it arrives; the CPU by default.
+        adapter: a folder in PEFT's format, added on top (see `load_adapter`).
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: nothing there, damaged, of a kind not supported, or tensors that do not fit.
+        ConfigError: an architecture or a field of config.json that is not implemented, or an unknown dtype.
+    """
+    path = resolve(name_or_path)
+    fields, tensors = _open(path)
+    config = ModelConfig.from_hf(fields, where=str(path))
+    head = tensors.pop("lm_head.weight", None) if config.tie_embeddings else None
+    _check_fit(config, tensors, path)
+    wanted = as_dtype(dtype) or _stored_dtype(tensors)
+    model = Transformer(config, dtype=wanted, device=device or "cpu", init=False)
+    places = model.state_dict()
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda name: tensors[name].read_into(places[name]), places):
+            pass
+    if head is not None:
+        _check_tied(head, model.head_weight, path)
+    if adapter is not None:
+        load_adapter(model, resolve(adapter))
+    return model.eval()
+
+
+def load_tokenizer(name_or_path: str | Path) -> Any:
+    """Return the tokenizer of a fetched name, a folder or a .gguf file; errors as `minitune.text` raises them."""
+    from minitune.text import load_tokenizer as load
+
+    return load(_gguf_file(resolve(name_or_path)))
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the torch dtype for its name; ConfigError for one that weights cannot have."""
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _open(path: Path) -> tuple[dict[str, Any], Mapping[str, Stored]]:
+    """Return the content of `config.json`, or what amounts to it, and the stored tensors by name."""
+    path = _gguf_file(path)
+    if path.suffix == ".gguf":
+        from minitune.checkpoint.gguf import open_gguf  # the gguf package takes 0.2 s to import
+
+        return open_gguf(path)
+    if path.is_dir():
+        return open_folder(path)
+    refuse_pickle(path)
+    raise CheckpointError(f"{path} is neither a folder with config.json nor a .gguf file")
+
+
+def _gguf_file(path: Path) -> Path:
+    """Return the one GGUF file of a folder that holds no `config.json`, else the path itself."""
+    found = [] if not path.is_dir() or (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise CheckpointError(f"{path} holds {len(found)} GGUF files; name one, such as {found[0].name}")
+    return found[0] if found else path
+
+
+def _stored_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
+    """Return the dtype of most elements."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.dtype] += math.prod(tensor.shape)
+    return as_dtype(counts.most_common(1)[0][0])
+
+
+def _check_fit(config: ModelConfig, tensors: Mapping[str, Stored], path: Path) -> None:
+    """Raise CheckpointError listing every tensor that is missing, left over or of another shape."""
+    if config.num_layers > len(tensors):  # before a model of that many layers is built
+        raise CheckpointError(f"{path}: {config.num_layers:,} layers are claimed, but there are {len(tensors)} tensors")
+    expected = Transformer(config, device="meta", init=False).state_dict()
+    unknown = [name for name in tensors if name not in expected and not name.endswith(_IGNORED)]
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is not part of this model" for name in unknown]
+    for name, tensor in tensors.items():
+        if name in expected and tuple(tensor.shape) != tuple(expected[name].shape):
+            problems.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name].shape)}")
+        elif name in expected and not tensor.dtype.is_floating_point:
+            problems.append(f"{name} is stored as {tensor.dtype}, which weights cannot be")
+    fail_listing(f"{path} does not fit its own config", problems)
+
+
+def _check_tied(stored: Stored, embedding: torch.Tensor, path: Path) -> None:
+    """Raise CheckpointError where a stored head differs from the embedding that the config ties it to."""
+    head = torch.empty_like(embedding)
+    if tuple(stored.shape) == tuple(head.shape):
+        stored.read_into(head)
+        if torch.equal(head, embedding):
+            return
+    raise CheckpointError(
+        f"{path}: tie_word_embeddings is true, but lm_head.weight is not the embedding; set it to false"
+    )
