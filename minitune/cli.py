@@ -37,7 +37,7 @@ def parse(
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    arguments = _normalised(list(sys.argv[1:] if argv is None else argv))
+    arguments = _normalised(list(sys.argv[1:] if argv is None else argv), _switches(config_class))
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=description, exit_on_error=False, default_env=False
     )
@@ -65,14 +65,16 @@ def load_yaml(config_class: type[Config], path: Path) -> Config:
     return parse(config_class, ["--config", str(path)], prog="config", description="")
 
 
-def option_names(config_class: type, prefix: str = "") -> list[str]:
-    """Return every option of a configuration, dotted: ["model", "lora.rank", ...]."""
+def option_names(config_class: type, prefix: str = "", kind: type | None = None) -> list[str]:
+    """Return every option of a configuration, dotted, or those of type `kind`: ["model", "lora.rank", ...]."""
     names = []
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        names.append(prefix + field.name)
-        for part in _parts(hints[field.name]):
-            names += option_names(part, f"{prefix}{field.name}.")
+        hint = hints[field.name]
+        if kind is None or hint is kind or kind in typing.get_args(hint):
+            names.append(prefix + field.name)
+        for part in _parts(hint):
+            names += option_names(part, f"{prefix}{field.name}.", kind)
     return names
 
 
@@ -84,14 +86,26 @@ def _parts(kind: Any) -> list[type]:
     return list(dict.fromkeys(found))
 
 
-def _normalised(arguments: list[str]) -> list[str]:
-    """Spell `--max-length` as `--max_length`, and a recipe's bare name as its path."""
-    result = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in arguments]
-    for i, argument in enumerate(result):
-        if argument == "--config" and i + 1 < len(result):
-            result[i + 1] = _recipe(result[i + 1])
-        elif argument.startswith("--config="):
-            result[i] = "--config=" + _recipe(argument.removeprefix("--config="))
+def _switches(config_class: type) -> set[str]:
+    """Return the yes-or-no options, which may stand without a value: `--resume` means `--resume true`."""
+    return {f"--{name}" for name, kind in typing.get_type_hints(config_class).items() if kind is bool}
+
+
+def _normalised(arguments: list[str], flags: list[str]) -> list[str]:
+    """Spell `--max-length` as `--max_length`, a bare `--flag` as `--flag=true`, a recipe's name as its path."""
+    result = []
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            argument = f"--{name.replace('-', '_')}{equals}{value}"
+            alone = i + 1 == len(arguments) or arguments[i + 1].lower() not in ("true", "false", "yes", "no")
+            if argument[2:] in flags and alone:
+                argument += "=true"
+        if argument.startswith("--config="):
+            argument = "--config=" + _recipe(argument.removeprefix("--config="))
+        elif i and arguments[i - 1] == "--config":
+            argument = _recipe(argument)
+        result.append(argument)
     return result
 
 
