@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from minitune.data.examples import TrainOn, Truncate
+from minitune.data.formats import FormatName
 from minitune.errors import ConfigError
 from minitune.model.config import LoRAConfig
 
@@ -36,9 +38,11 @@ class Source:
     path: str
     """The file: .jsonl, .json, .csv or .txt."""
     weight: float | None = None
-    """Its share of an epoch's rows, relative to the other files' weights; without weights every row comes once."""
-    format: str = "auto"
-    """alpaca, messages, sharegpt, prompt_completion, text, or auto: told by the fields of the rows."""
+    """Its share of the rows of an epoch, relative to the other files' (default: every row once)."""
+    format: FormatName = "auto"
+    """Kind of its rows; auto is told by their fields."""
+    columns: dict[str, str] | None = None
+    """Other names of fields: {prompt: question, completion: answer} reads `question` as the prompt."""
 
     def __post_init__(self):
         """Refuse a weight without meaning."""
@@ -182,11 +186,11 @@ class TrainConfig:
     """Share of the training rows held out for validation, 0 for none (default 0.05)."""
     max_length: int = 512
     """Longest row in tokens."""
-    truncate: Literal["error", "prompt", "split", "drop"] = "error"
+    truncate: Truncate = "error"
     """A longer row stops the run, loses the start of its prompt, is split (texts only), or is left out."""
     packing: bool = True
     """Several rows side by side in one of max_length, each seeing itself only; false pads instead."""
-    train_on: Literal["all", "last"] = "all"
+    train_on: TrainOn = "all"
     """Learn every assistant turn of a conversation, or its last one."""
     method: Literal["lora", "full", "last_layers", "pattern"] = "lora"
     """What is trained."""

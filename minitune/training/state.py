@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minitune.checkpoint.files import atomic_folder, clean_leftovers
+from minitune.checkpoint.safetensors_io import read_tensors, write_tensors
 from minitune.errors import CheckpointError
 from minitune.training.config import TrainConfig
 from minitune.training.optimizer import Optimizer
@@ -127,7 +126,7 @@ def save_best(root: Path, parameters: dict[str, nn.Parameter], step: int) -> Non
 @torch.no_grad()
 def load_best(root: Path, parameters: dict[str, nn.Parameter], step: int) -> None:
     """Put the weights of `best-STEP` into the parameters."""
-    _fill(parameters, _read_tensors(root / f"best-{step:07d}" / "weights.safetensors"))
+    _fill(parameters, read_tensors(root / f"best-{step:07d}" / "weights.safetensors"))
 
 
 def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
@@ -153,28 +152,15 @@ def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> tuple[Path, di
 @torch.no_grad()
 def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
     """Put weights, moments, random states and open gradients back as they were saved in `folder`."""
-    _fill(parameters, _read_tensors(folder / "weights.safetensors"))
-    optimizer.load(_read_tensors(folder / "optimizer.safetensors"))
-    window = _read_tensors(folder / "window.safetensors")
+    _fill(parameters, read_tensors(folder / "weights.safetensors"))
+    optimizer.load(read_tensors(folder / "optimizer.safetensors"))
+    window = read_tensors(folder / "window.safetensors")
     torch.set_rng_state(window["random.cpu"])
     if "random.cuda" in window and torch.cuda.is_available():
         torch.cuda.set_rng_state(window["random.cuda"])
     for name, parameter in parameters.items():
         gradient = window.get(f"gradient.{name}")
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors; one that is a view into a larger storage is copied out of it first."""
-    own = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu()
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        own[name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-    try:
-        save_file(own, str(path))
-    except SafetensorError as error:
-        raise _disk_error(error, path) from None
 
 
 def file_sha256(path: Path) -> str:
@@ -184,12 +170,6 @@ def file_sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _disk_error(error: SafetensorError, path: Path) -> Exception:
-    """Return the OSError that safetensors wrapped, so that a full disk reads as one."""
-    number = [int(part.rstrip(")")) for part in str(error).split("os error ")[1:] if part.rstrip(") ").isdigit()]
-    return OSError(number[0], str(error), str(path)) if number else error
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -205,14 +185,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
         if not path.is_file() or file_sha256(path) != expected:
             raise CheckpointError(f"{path} is missing, truncated or damaged")
     return state
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file, or say that it is damaged."""
-    try:
-        return load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
