@@ -37,7 +37,7 @@ def parse(
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    arguments = _normalised(list(sys.argv[1:] if argv is None else argv), _switches(config_class))
+    arguments = _normalised(list(sys.argv[1:] if argv is None else argv), option_names(config_class, kind=bool))
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=description, exit_on_error=False, default_env=False
     )
@@ -84,11 +84,6 @@ def _parts(kind: Any) -> list[type]:
         return [kind]
     found = [part for argument in typing.get_args(kind) for part in _parts(argument)]
     return list(dict.fromkeys(found))
-
-
-def _switches(config_class: type) -> set[str]:
-    """Return the yes-or-no options, which may stand without a value: `--resume` means `--resume true`."""
-    return {f"--{name}" for name, kind in typing.get_type_hints(config_class).items() if kind is bool}
 
 
 def _normalised(arguments: list[str], flags: list[str]) -> list[str]:
