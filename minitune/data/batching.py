@@ -111,6 +111,13 @@ def _best_fit(order: list[int], lengths: Sequence[int], max_length: int) -> list
     return rows
 
 
+def efficiency(plan: list[list[list[int]]], lengths: Sequence[int]) -> float:
+    """Return the share of a plan's token places (rows x longest row of each batch) that hold a document."""
+    filled = [[sum(lengths[i] for i in row) for row in batch] for batch in plan]
+    places = sum(len(batch) * max(batch) for batch in filled)
+    return sum(map(sum, filled)) / places if places else 1.0
+
+
 def shuffled(count: int, *key: int | str) -> list[int]:
     """Return 0..count-1 in an order that `key` alone decides, the same on every machine and Python.
 

@@ -16,13 +16,13 @@ peers' silent truncation loses the end-of-turn token, and with it the model's ab
 - "drop" leaves over-long rows out.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from minitune.data.formats import Record
 from minitune.data.reading import RowError
-from minitune.errors import ConfigError, DataError, MinituneError
+from minitune.errors import ConfigError, DataError
 
 Truncate = Literal["error", "prompt", "split", "drop"]
 TrainOn = Literal["all", "last"]
@@ -45,7 +45,10 @@ class Example:
 
 @dataclass
 class Survey:
-    """What became of records: the examples, every row's length in tokens, and what stands in the way."""
+    """What became of records: the examples, and what stands in the way.
+
+    `lengths` holds the tokens of every row before anything is cut (of a .txt file: of its windows).
+    """
 
     max_length: int
     truncate: Truncate
@@ -55,6 +58,11 @@ class Survey:
     errors: list[RowError] = field(default_factory=list)
     shortened: int = 0
     dropped: int = 0
+
+    @property
+    def remedy(self) -> str:
+        """What to do about rows that are still over-long."""
+        return _REMEDY[self.truncate]
 
     def problem(self) -> str | None:
         """Return why these records cannot be trained on, in one line, or None."""
@@ -68,7 +76,7 @@ class Survey:
                 count = f"all {len(self.lengths)}"
             first = ", ".join(f"{origin} ({length})" for origin, length in self.over_long[:3])
             found = f"{count} rows are over max_length {self.max_length} (tokens: {share}); first: {first}"
-            return f"{found}; {_REMEDY[self.truncate]}"
+            return f"{found}; {self.remedy}"
         return None if self.examples else "no row to train on; give a file with rows"
 
 
@@ -106,9 +114,9 @@ def survey_examples(
     for record in tqdm(records, desc="tokenise", unit=" rows", disable=None, leave=False, delay=0.5):
         try:
             example = encode_record(record, tokenizer, train_on)
-            survey.lengths.append(len(example.ids))
-            for part in _fitted(record, example, tokenizer, survey, train_on):
-                survey.examples.append(replace(part, ids=tuple(shared[i] for i in part.ids)))
+            parts = list(_fitted(record, example, tokenizer, survey, train_on))
+            survey.lengths += [len(part.ids) for part in parts] if record.document else [len(example.ids)]
+            survey.examples += [replace(part, ids=tuple(shared[i] for i in part.ids)) for part in parts]
         except RowError as error:
             survey.errors.append(error)
     if truncate == "drop" and survey.examples:
@@ -122,8 +130,8 @@ def encode_record(record: Record, tokenizer: Any, train_on: TrainOn = "all") -> 
         ids, targets = _encode(record, tokenizer, train_on)
     except RowError:
         raise
-    except MinituneError as error:
-        raise RowError(record.origin, str(error), "correct the row, or the tokenizer's chat template") from None
+    except DataError as error:  # the template refuses the row; a template that is itself at fault raises on
+        raise RowError(record.origin, str(error), "correct the row") from None
     targets = [False, *targets[1:]]
     if not any(targets):
         raise RowError(record.origin, "a row without an answer", "nothing in it would be learned; remove it")
@@ -137,27 +145,26 @@ def _encode(record: Record, tokenizer: Any, train_on: TrainOn) -> tuple[list[int
     if record.prompt is None and record.text is None:
         remedy = "use an instruct model, or prompt/completion rows"
         raise RowError(record.origin, "a chat, but the tokenizer has no chat template", remedy)
-    if tokenizer.eos_id is None:
-        raise RowError(record.origin, "the tokenizer has no end token", "a model could never stop; use another")
     if record.text is not None:
         ids = tokenizer.encode(record.text) + [tokenizer.eos_id]
         return ids, [True] * len(ids)
     prompt = tokenizer.encode(record.prompt)
-    answer = tokenizer.encode(record.completion, bos=False) + [tokenizer.eos_id]
+    answer = tokenizer.encode_run(record.completion, "inside") + [tokenizer.eos_id]
     return prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
 
 def _encode_chat(record: Record, tokenizer: Any, train_on: TrainOn) -> tuple[list[int], list[bool]]:
-    """Render a chat; of a prompt/completion chat the prompt's own answers are no targets."""
+    """Render a chat; the answers among its first `context` messages are no targets."""
     from minitune.text.chat import render_chat
 
-    rendered = render_chat(tokenizer, list(record.messages), train_on=train_on)
-    targets = list(rendered.targets)
-    if any(message["role"] == "assistant" for message in record.messages[: record.context]):
-        prompt = list(record.messages[: record.context])
-        start = len(render_chat(tokenizer, prompt, add_generation_prompt=True).ids)
-        targets[:start] = [False] * start
-    return list(rendered.ids), targets
+    messages = list(record.messages)
+    if record.context == len(messages) - 1:
+        train_on = "last"
+    rendered = render_chat(tokenizer, messages, train_on=train_on)
+    start = 0
+    if train_on == "all" and record.context:
+        start = len(render_chat(tokenizer, messages[: record.context], add_generation_prompt=True).ids)
+    return rendered.ids, [False] * start + rendered.targets[start:]
 
 
 def _fitted(record: Record, example: Example, tokenizer: Any, survey: Survey, train_on: TrainOn) -> Iterator[Example]:
@@ -227,7 +234,7 @@ def _cut_chat(record: Record, tokenizer: Any, limit: int, train_on: TrainOn) -> 
     return None
 
 
-def percentiles(lengths: list[int], shares: tuple[int, ...] = (50, 90, 99, 100)) -> dict[int, int]:
+def percentiles(lengths: Sequence[int], shares: tuple[int, ...] = (50, 90, 99, 100)) -> dict[int, int]:
     """Return the nearest-rank percentiles: the smallest length that at least that share of rows is within."""
     ordered = sorted(lengths)
-    return {share: ordered[max(-(-len(ordered) * share // 100) - 1, 0)] for share in shares}
+    return {share: ordered[max(-(-len(ordered) * share // 100) - 1, 0)] for share in shares if ordered}

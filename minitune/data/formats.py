@@ -233,7 +233,7 @@ def _parse_alpaca(fields: dict[str, Any], origin: str) -> Record:
     question = _filled("\n".join(filter(None, (instruction, given))), "a question", "instruction", origin)
     _filled(output, "an answer", "output", origin)
     history = fields.get("history") or []
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RowError(origin, "the field 'history' is not a list of pairs", "write [[question, answer], ...]")
     said = [text for pair in history for text in pair] + [question, output]
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]

@@ -1,0 +1,164 @@
+"""What the model will see of some data files, and whether training would refuse them.
+
+The work is done by the functions that training calls (`scan_records`, `survey_examples`, `mix`,
+`plan_batches`); where those raise at the first problem, this collects all of them by kind. A separate checker
+was rejected: it would sooner or later accept what training refuses.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from minitune.data.batching import efficiency, mix, mixed_counts, plan_batches
+from minitune.data.examples import Example, Survey, TrainOn, Truncate, percentiles, survey_examples
+from minitune.data.formats import FormatName, Record, scan_records
+from minitune.data.reading import RowError
+from minitune.data.splits import duplicates, normalise, question_key, row_text
+from minitune.errors import ConfigError, DataError
+
+_SHOWN_ORIGINS = 3
+_BINS = 12
+
+
+@dataclass
+class Problem:
+    """One kind of thing that training would refuse: how often, where first, and what to do about it."""
+
+    kind: str
+    remedy: str
+    count: int = 0
+    origins: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What `inspect_files` found; lengths in tokens, `histogram` as (from, to, rows), efficiencies 0 to 1."""
+
+    files: list[dict[str, Any]] = field(default_factory=list)
+    rows: int = 0
+    empty: int = 0
+    over_long: int = 0
+    shortened: int = 0
+    dropped: int = 0
+    duplicates: dict[str, Any] = field(default_factory=dict)
+    percentiles: dict[int, int] = field(default_factory=dict)
+    histogram: list[tuple[int, int, int]] = field(default_factory=list)
+    examples: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    batches: int = 0
+    efficiency: dict[str, float] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON can hold it."""
+        return asdict(self)
+
+
+def inspect_files(
+    files: Sequence[str],
+    tokenizer: Any,
+    *,
+    weights: Sequence[float | None],
+    format: FormatName,
+    columns: dict[str, str] | None,
+    max_length: int,
+    truncate: Truncate,
+    train_on: TrainOn,
+    batch_size: int,
+    packing: bool,
+    seed: int,
+) -> tuple[Report, list[Example]]:
+    """Return the report on `files` and the examples of the first epoch; raises only for impossible options."""
+    if len(weights) != len(files):
+        raise ConfigError(f"{len(weights)} weights for {len(files)} files; give one for each")
+    report, kinds, sources, records, lengths = Report(), {}, [], [], []
+    mixed_counts([1] * len(files), weights)
+    for path, weight in zip(files, weights, strict=True):
+        good, errors, whole = _scan(path, format, columns)
+        survey = survey_examples(good, tokenizer, max_length=max_length, truncate=truncate, train_on=train_on)
+        for error in errors + survey.errors:
+            _note(kinds, error.problem, error.remedy, error.origin)
+        for error in whole:
+            _note(kinds, str(error), "", path)
+        for origin, _ in survey.over_long:
+            _note(kinds, f"a row over max_length {max_length}", survey.remedy, origin)
+        if survey.examples:
+            sources.append((survey.examples, weight))
+        records += good
+        lengths += survey.lengths
+        _add_file(report, path, good, len(errors), survey)
+    report.problems = list(kinds.values())
+    report.empty = sum(p.count for p in report.problems if p.kind.startswith("a row without"))
+    report.duplicates = _duplicates(records)
+    report.percentiles, report.histogram = percentiles(lengths), histogram(lengths)
+    epoch = mix(sources, seed=seed) if sources else []
+    _add_epoch(report, epoch, batch_size=batch_size, max_length=max_length, packing=packing, seed=seed)
+    return report, epoch
+
+
+def _scan(
+    path: str, format: FormatName, columns: dict[str, str] | None
+) -> tuple[list[Record], list[RowError], list[DataError]]:
+    """Return a file's records, its broken rows, and what is wrong with it as a whole."""
+    rows: list[Record | RowError] = []
+    whole = []
+    try:
+        rows.extend(scan_records(path, format, columns))
+    except DataError as error:
+        whole.append(error)
+    return [r for r in rows if isinstance(r, Record)], [r for r in rows if isinstance(r, RowError)], whole
+
+
+def _note(kinds: dict[str, Problem], kind: str, remedy: str, origin: str) -> None:
+    """Count one more problem of a kind."""
+    problem = kinds.setdefault(kind, Problem(kind, remedy))
+    problem.count += 1
+    if len(problem.origins) < _SHOWN_ORIGINS:
+        problem.origins.append(origin)
+
+
+def _add_file(report: Report, path: str, records: list[Record], broken: int, survey: Survey) -> None:
+    """Add one file's counts to the report."""
+    unread = Counter(name for record in records for name in record.unread)
+    kind = records[0].format if records else "unknown"
+    file = {"path": path, "format": kind, "rows": len(records) + broken, "examples": len(survey.examples)}
+    report.files.append(file | {"unread_fields": dict(unread)})
+    report.rows += len(records) + broken
+    report.over_long += sum(length > survey.max_length for length in survey.lengths)
+    report.shortened += survey.shortened
+    report.dropped += survey.dropped
+
+
+def _add_epoch(report: Report, epoch: list[Example], *, packing: bool, **options: int) -> None:
+    """Add what one epoch of training goes through."""
+    lengths = [len(example.ids) for example in epoch]
+    report.examples, report.tokens = len(epoch), sum(lengths)
+    report.target_tokens = sum(sum(example.targets) for example in epoch)
+    for name, packed in (("packed", True), ("padded", False)):
+        plan = plan_batches(lengths, packing=packed, epoch=0, **options)
+        report.efficiency[name] = efficiency(plan, lengths)
+        if packed == packing:
+            report.batches = len(plan)
+
+
+def _duplicates(records: list[Record]) -> dict[str, Any]:
+    """Count rows that came before, exactly or normalised, and questions that came before with another answer."""
+    texts = [row_text(record) for record in records]
+    exact = duplicates(texts)
+    alike = duplicates(map(normalise, texts))
+    asked = duplicates(map(question_key, records))
+    first = [f"{records[i].origin} = {records[j].origin}" for i, j in alike[:_SHOWN_ORIGINS]]
+    counts = {"exact": len(exact), "normalised": len(alike), "other_answer": len(asked) - len(alike)}
+    return counts | {"first": first}
+
+
+def histogram(lengths: Sequence[int], bins: int = _BINS) -> list[tuple[int, int, int]]:
+    """Return up to `bins` (from, to, count) of equal width that hold every length, `to` included."""
+    if not lengths:
+        return []
+    low = min(lengths)
+    width = -(-(max(lengths) - low + 1) // bins)
+    counts = Counter((length - low) // width for length in lengths)
+    return [(low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range(max(counts) + 1)]
