@@ -45,6 +45,7 @@ class Progress:
     micro: int = 0
     window_loss: float = 0.0
     window_weight: int = 0
+    window_metrics: dict[str, float] = field(default_factory=dict)
     since_loss: float = 0.0
     since_weight: int = 0
     target_tokens: int = 0

@@ -1,0 +1,117 @@
+"""What a run says while it goes on: one JSON line a step, a progress bar, TensorBoard events where installed.
+
+`metrics.jsonl` is the truth that the report is made of. On resuming it is cut back to the checkpoint, so that
+no step stands in it twice.
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from minitune.checkpoint.files import atomic_file
+from minitune.training.state import Progress
+
+
+class Journal:
+    """Writer of a run's metrics and messages; a context manager.
+
+    Args:
+        folder: the run folder.
+        total: optimiser steps of the run, for the bar.
+        progress: where the run begins; later lines of an earlier attempt are dropped.
+    """
+
+    def __init__(self, folder: Path, total: int, progress: Progress):
+        """Cut the metrics back and open them for appending."""
+        self.path = folder / "metrics.jsonl"
+        _cut_back(self.path, progress)
+        self.stream = open(self.path, "a", encoding="utf-8")
+        self.board = _tensorboard(folder / "tensorboard", progress.step)
+        self.bar = tqdm(total=total, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
+
+    def __enter__(self) -> "Journal":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Close files and bar."""
+        self.bar.close()
+        self.stream.close()
+        if self.board:
+            self.board.close()
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Record an optimiser step."""
+        self._write(line)
+        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['target_tokens_per_second']:.0f} target tokens/s")
+        self.bar.update(1)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """Record an evaluation and print it with its samples."""
+        self._write(line)
+        training = "" if line["training_loss"] is None else f", training loss {line['training_loss']:.4f}"
+        self.say(f"step {line['step']}: validation loss {line['validation_loss']:.4f}{training}")
+        for sample in line["samples"]:
+            self.say(f"  > {_short(sample['prompt'])}\n    {_short(sample['answer'])}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.stream.flush()
+        if self.board:
+            for name, value in line.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.board.add_scalar(name, value, line["step"])
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl`; a last line that a killed writer left half done is dropped."""
+    path = folder / "metrics.jsonl"
+    lines = []
+    for text in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def peak_memory_mb() -> float:
+    """Return the largest resident memory of this process so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def _cut_back(path: Path, progress: Progress) -> None:
+    """Drop lines after the progress made, and evaluations that it does not know."""
+    known = {evaluation["step"] for evaluation in progress.evaluations}
+    lines = read_metrics(path.parent)
+    kept = [
+        line for line in lines
+        if line["step"] <= progress.step and ("validation_loss" not in line or line["step"] in known)
+    ]  # fmt: skip
+    with atomic_file(path) as temporary:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _tensorboard(folder: Path, step: int) -> Any | None:
+    """Return a writer of TensorBoard events, None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def _short(text: str, limit: int = 200) -> str:
+    """Return one line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-limit // 2 :]}"

@@ -1,0 +1,131 @@
+"""The report of a run: what was trained on what, with which result, and how to load it.
+
+Everything in it is read from the run folder, so it says what happened and not what was intended.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minitune.training.config import TrainConfig
+from minitune.training.journal import read_metrics
+from minitune.training.watch import overfitting
+
+
+def write_report(folder: Path, config: TrainConfig, outcome: dict[str, Any]) -> Path:
+    """Write `report.md` and, where matplotlib is installed, `loss.png`; returns the report's path."""
+    lines = read_metrics(folder)
+    evaluations = [line for line in lines if "validation_loss" in line]
+    files = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    picture = plot_losses(folder / "loss.png", lines)
+    parts = [
+        f"# {config.method} of {config.model}\n",
+        _result(outcome, evaluations, [line for line in lines if "loss" in line]),
+        "![loss](loss.png)\n" if picture else "",
+        _data(files),
+        _usage(config, outcome),
+        _samples(evaluations),
+        _settings(config, environment),
+    ]
+    path = folder / "report.md"
+    path.write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    return path
+
+
+def plot_losses(path: Path, lines: list[dict[str, Any]]) -> bool:
+    """Draw training and validation loss over the steps; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per target token)")
+    for name, style, label in (("loss", "-", "training"), ("validation_loss", "o-", "validation")):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _result(outcome: dict[str, Any], evaluations: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
+    """Say how the run ended, in a table."""
+    rows = [("how it ended", f"{outcome['status']}, {outcome['steps']:,} steps")]
+    if outcome["base_loss"] is not None:
+        rows.append(("validation loss before", f"{outcome['base_loss']:.4f}"))
+    if outcome["best_loss"] is not None:
+        rows.append(("validation loss, best", f"{outcome['best_loss']:.4f} at step {outcome['best_step']:,}"))
+        rows.append(("validation loss, last", f"{evaluations[-1]['validation_loss']:.4f}"))
+    if steps:
+        rows.append(("training loss, last step", f"{steps[-1]['loss']:.4f}"))
+    rate = outcome["target_tokens"] / max(outcome["seconds"], 1e-9)
+    rows.append(("target tokens", f"{outcome['target_tokens']:,} ({rate:,.0f} per second)"))
+    rows.append(("training time", f"{outcome['seconds']:,.1f} s"))
+    rows.append(("peak memory", f"{outcome['peak_rss_mb']:,.0f} MB"))
+    table = "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
+    parted = overfitting(evaluations)
+    if parted:
+        table += (
+            f"\n**Over-fitting**: after step {parted['step']:,} the validation loss rose while the training loss "
+            "went on falling. More data, fewer epochs, a lower rank or dropout help.\n"
+        )
+    if outcome["best_loss"] is not None and outcome["base_loss"] is not None:
+        if outcome["best_loss"] >= outcome["base_loss"]:
+            table += "\n**No gain**: no step had a lower validation loss than the base model.\n"
+    return table
+
+
+def _data(files: list[dict[str, Any]]) -> str:
+    """List the data files."""
+    names = ("file", "sha256", "training examples", "validation examples", "target tokens")
+    head = f"## Data\n\n| {' | '.join(names)} |\n{'|---' * len(names)}|\n"
+    return head + "".join(
+        f"| {f['path']} | {f['sha256'][:16]}... | {f['training_examples']:,} | {f['validation_examples']:,} "
+        f"| {f['target_tokens']:,} |\n"
+        for f in files
+    )
+
+
+def _usage(config: TrainConfig, outcome: dict[str, Any]) -> str:
+    """Say how to load the result, here and elsewhere."""
+    result = outcome["result"]
+    if config.method == "lora":
+        ours = f"python -m minitune.generate --model {config.model} --adapter {result} --chat"
+        theirs = f"model = PeftModel.from_pretrained(base, {str(result)!r})  # peft"
+    else:
+        ours = f"python -m minitune.generate --model {result} --chat"
+        theirs = f"model = AutoModelForCausalLM.from_pretrained({str(result)!r})  # transformers"
+    which = "the best validation loss" if outcome["best_step"] is not None else "the last step"
+    return f"## Use it\n\nThe weights of {which}:\n\n```\n{ours}\n```\n\n```python\n{theirs}\n```\n"
+
+
+def _samples(evaluations: list[dict[str, Any]]) -> str:
+    """Show the sampled answers before and after."""
+    if not evaluations or not evaluations[-1]["samples"]:
+        return ""
+    text = "## Samples\n"
+    for before, after in zip(evaluations[0]["samples"], evaluations[-1]["samples"], strict=False):
+        for name, value in (
+            ("Prompt", after["prompt"]),
+            ("Expected", after["expected"]),
+            (f"Step {evaluations[0]['step']}", before["answer"]),
+            (f"Step {evaluations[-1]['step']}", after["answer"]),
+        ):
+            text += f"\n**{name}**\n\n" + "".join(f"    {line}\n" for line in value.splitlines() or [""])
+        text += "\n---\n"
+    return text
+
+
+def _settings(config: TrainConfig, environment: dict[str, Any]) -> str:
+    """Point at the rest."""
+    machine = ", ".join(f"{name} {environment[name]}" for name in ("minitune", "torch", "dtype", "device", "threads"))
+    optimizer = config.optimizer
+    return (
+        f"## Settings\n\nLearning rate {optimizer.learning_rate:g} ({config.schedule.kind}), "
+        f"{config.batch_size} x {config.accumulation_steps} rows of at most {config.max_length} tokens a step, "
+        f"seed {config.seed}. All options: `config.yaml`. Every step: `metrics.jsonl`.\n\n{machine}; "
+        f"{environment['processor']}\n"
+    )

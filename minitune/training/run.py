@@ -1,0 +1,269 @@
+"""From a config to a finished run folder: load, choose what trains, fit, export, report.
+
+    config.yaml       every option as it was resolved; `--resume` reads it
+    environment.json  versions, processor, threads, dtype
+    data.json         files with sha256 and counts
+    metrics.jsonl     one line a step and an evaluation; tensorboard/ holds the same
+    checkpoints/      the last states and the best weights
+    adapter/ | model/ the result: a PEFT adapter, or a Hugging Face folder
+    report.md, loss.png
+
+What can fail does so before anything is written or deleted: data first, then the model, then the folder.
+"""
+
+import dataclasses
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from minitune import __version__
+from minitune.checkpoint.adapter import load_adapter, save_adapter
+from minitune.checkpoint.huggingface import save_model
+from minitune.checkpoint.load import load_model, load_tokenizer
+from minitune.errors import ConfigError
+from minitune.model.lora import add_lora
+from minitune.model.trainable import train_all, train_last_layers, train_matching, trainable_parameters
+from minitune.model.transformer import Transformer
+from minitune.training import state
+from minitune.training.config import TrainConfig
+from minitune.training.corpus import Corpus, count_batches, load_corpus, stream_batches, validation_batches
+from minitune.training.evaluate import answer_samples, sample_prompts
+from minitune.training.journal import Journal, peak_memory_mb
+from minitune.training.loop import Job, StopSignal, fit
+from minitune.training.objectives import supervised
+from minitune.training.optimizer import Optimizer
+from minitune.training.report import write_report
+
+CONTENTS = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "tensorboard", "checkpoints",
+            "adapter", "model", "report.md", "loss.png")  # fmt: skip
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "jinja2", "gguf")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out. Losses are nats per target token; seconds are spent in training steps."""
+
+    status: str
+    folder: Path
+    result: Path | None
+    steps: int
+    target_tokens: int
+    seconds: float
+    peak_rss_mb: float
+    base_loss: float | None
+    best_loss: float | None
+    best_step: int | None
+    signal: int | None = None
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Run training as `config` says; when a signal stops it, the state is saved and `status` is "stopped".
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the input's fault, before anything is changed.
+        TrainingError: the run cannot go on; its checkpoints stay.
+    """
+    config = config.resolved()
+    folder = Path(config.output)
+    _check_folder(folder, config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    tokenizer = load_tokenizer(config.model)
+    corpus = load_corpus(config, tokenizer)
+    model = load_model(config.model, dtype=dtype, device=device)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    base = state.base_fingerprint(model)
+    torch.manual_seed(config.seed)
+    parameters = choose_parameters(model, config)
+    optimizer = Optimizer(parameters, config.optimizer, config.lora.plus_ratio or 1.0)
+    matters = state.fingerprint(config, corpus.files, base, str(dtype))
+    progress, notes = state.Progress(), []
+    if config.resume:
+        progress = _resume(folder, parameters, optimizer, matters, notes.append)
+    _write_run_files(folder, config, corpus, _environment(model, dtype), notes.append)
+    pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
+    room = model.config.max_positions - config.evaluation.sample_tokens
+    prompts = sample_prompts(corpus.validation, config.evaluation.samples, room)
+    total = count_batches(corpus, config)
+    with Journal(folder, -(-total // config.accumulation_steps), progress) as journal, StopSignal() as stop:
+        for note in notes:
+            journal.say(note)
+        job = Job(
+            config=config,
+            model=model,
+            parameters=parameters,
+            optimizer=optimizer,
+            objective=supervised,
+            stream=lambda start: stream_batches(corpus, config, pad_id, start),
+            total_batches=total,
+            validation=(lambda: validation_batches(corpus, config, pad_id)) if corpus.validation else None,
+            sample=lambda: answer_samples(model, tokenizer, prompts, config.evaluation.sample_tokens),
+            checkpoints=folder / "checkpoints",
+            fingerprint=matters,
+            progress=progress,
+            journal=journal,
+        )
+        _announce(job, corpus)
+        status = fit(job, stop)
+    result = None if status == "stopped" else _export(job, tokenizer, folder)
+    return _finish(job, status, folder, result, stop.number)
+
+
+def choose_parameters(model: Transformer, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """Make the method's parameters trainable, add adapters where it is lora; returns them by name."""
+    if config.method == "full":
+        return train_all(model)
+    if config.method == "last_layers":
+        return train_last_layers(model, config.last_layers)
+    if config.method == "pattern":
+        return train_matching(model, config.pattern)
+    model.requires_grad_(False)
+    if config.adapter is not None:
+        load_adapter(model, config.adapter)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora." in name)
+        return trainable_parameters(model)
+    add_lora(model, config.lora.adapter(), seed=config.seed)
+    return trainable_parameters(model)
+
+
+def _check_folder(folder: Path, config: TrainConfig) -> None:
+    """Refuse to write over another run, or to go on with one that is not there."""
+    if config.resume:
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(f"{folder} holds no run to resume; check --output, or leave out --resume")
+        return
+    if folder.is_file():
+        raise ConfigError(f"output {folder} is a file; name a folder")
+    foreign = [path.name for path in folder.iterdir() if path.name not in CONTENTS] if folder.is_dir() else []
+    if (folder / "config.yaml").exists() and not config.overwrite:
+        raise ConfigError(f"{folder} already holds a run; use --resume, --overwrite or another --output")
+    if foreign and not (folder / "config.yaml").exists():
+        raise ConfigError(f"output {folder} is not empty and no run (it has {foreign[0]}); use another --output")
+
+
+def _device(name: str) -> torch.device:
+    """Return the device asked for; ConfigError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device is {name}, but torch finds no GPU here; use --device cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype asked for; auto is bfloat16 where there are instructions for it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent in other torch versions
+    fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _resume(folder: Path, parameters: dict, optimizer: Optimizer, matters: dict, note) -> state.Progress:
+    """Restore the last sound checkpoint; a run killed before its first one begins again."""
+    found = state.latest_checkpoint(folder / "checkpoints", note)
+    if found is None:
+        note(f"{folder} has no complete checkpoint yet; beginning from step 0")
+        return state.Progress()
+    checkpoint, saved = found
+    state.check_fingerprint(saved["fingerprint"], matters, checkpoint)
+    state.restore(checkpoint, parameters, optimizer)
+    note(f"resumed from {checkpoint}")
+    return state.Progress(**saved["progress"])
+
+
+def _write_run_files(folder: Path, config: TrainConfig, corpus: Corpus, environment: dict, note) -> None:
+    """Write config, environment and data; clear an old run that is to be overwritten."""
+    if config.resume:
+        before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        for name in ("torch", "processor", "threads"):
+            if before.get(name) != environment[name]:
+                note(
+                    f"{name} was {before.get(name)} and is now {environment[name]}: "
+                    "the run goes on, but not bit for bit as it would have"
+                )
+        return
+    for name in CONTENTS if config.overwrite else ():
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+    (folder / "data.json").write_text(json.dumps(corpus.files, indent=1), encoding="utf-8")
+    options = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(config, overwrite=False))))
+    (folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+
+
+def _environment(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
+    """Describe the machine and the software that a run's numbers depend on."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "minitune": __version__,
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "processor": names[0] if names else platform.processor(),
+        "device": str(model.head_weight.device),
+        "dtype": str(dtype),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _announce(job: Job, corpus: Corpus) -> None:
+    """Say what is about to be trained on what."""
+    trained = sum(p.numel() for p in job.parameters.values())
+    everything = sum(p.numel() for p in job.model.parameters())
+    rows = sum(len(examples) for examples, _ in corpus.training)
+    job.journal.say(
+        f"{job.config.method}: {trained:,} of {everything:,} parameters, {rows:,} training and "
+        f"{len(corpus.validation):,} validation examples, {job.total_steps:,} steps"
+    )
+    if not corpus.validation:
+        job.journal.say("no validation rows: over-fitting will not be seen")
+
+
+def _export(job: Job, tokenizer: Any, folder: Path) -> Path:
+    """Write the best weights where there was validation, else the last, in the ecosystem's format."""
+    if job.progress.best_step is not None:
+        state.load_best(job.checkpoints, job.parameters, job.progress.best_step)
+    if job.config.method == "lora":
+        save_adapter(job.model, folder / "adapter", job.config.model)
+        return folder / "adapter"
+    save_model(job.model, tokenizer, folder / "model", overwrite=True)
+    return folder / "model"
+
+
+def _finish(job: Job, status: str, folder: Path, result: Path | None, number: int | None) -> TrainResult:
+    """Return the result, and write the report of a run that came to its end."""
+    progress = job.progress
+    outcome = TrainResult(
+        status=status,
+        folder=folder,
+        result=result,
+        steps=progress.step,
+        target_tokens=progress.target_tokens,
+        seconds=progress.seconds,
+        peak_rss_mb=peak_memory_mb(),
+        base_loss=next((e["validation_loss"] for e in progress.evaluations if e["step"] == 0), None),
+        best_loss=progress.best_loss,
+        best_step=progress.best_step,
+        signal=number if status == "stopped" else None,
+    )
+    if result is not None:
+        write_report(folder, job.config, dataclasses.asdict(outcome))
+    return outcome
