@@ -40,7 +40,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False, marker: str | No
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; a folder was to be written there")
     if not overwrite and path.exists() and any(path.iterdir()):
-        raise CheckpointError(f"{path} exists already and is not empty; choose another folder or allow overwriting")
+        raise CheckpointError(f"{path} exists already and is not empty; choose another folder, or overwrite it")
     with _temporary(path) as temporary:
         temporary.mkdir()
         yield temporary

@@ -18,6 +18,7 @@ from minitune.model.transformer import Transformer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_WRITTEN = {".json", ".safetensors", ".jinja", ".model"}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -139,6 +140,18 @@ def save_model(
         write_json(temporary / "config.json", config)
         write_json(temporary / "generation_config.json", {k: v for k, v in generation.items() if v not in (None, [])})
         _write_shards(temporary, tensors, dtype, max_shard_bytes)
+
+
+def check_output(folder: str | Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError where `save_model` would refuse `folder`, or would replace what is not a model."""
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise CheckpointError(f"{folder} exists already and is not empty; choose another, or add --overwrite")
+        strange = [file.name for file in folder.iterdir() if file.is_dir() or file.suffix not in _WRITTEN]
+        if strange or not (folder / "config.json").is_file():
+            found = strange[0] if strange else "no config.json"
+            raise CheckpointError(f"{folder} is not only an exported model ({found}); it is not overwritten")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

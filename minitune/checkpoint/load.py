@@ -80,9 +80,15 @@ def load_model(
 
 def load_tokenizer(name_or_path: str | Path) -> Any:
     """Return the tokenizer of a fetched name, a folder or a .gguf file; errors as `minitune.text` raises them."""
-    from minitune.text import load_tokenizer as load
+    from minitune.text.tokenizer import load_tokenizer as load  # jinja2 and tokenizers: not needed for weights
 
     return load(_gguf_file(resolve(name_or_path)))
+
+
+def has_tokenizer(name_or_path: str | Path) -> bool:
+    """Tell whether there are tokenizer files to load."""
+    path = _gguf_file(resolve(name_or_path))
+    return path.is_file() or any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
