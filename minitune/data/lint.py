@@ -14,7 +14,7 @@ from minitune.data.batching import efficiency, mix, mixed_counts, plan_batches
 from minitune.data.examples import Example, Survey, TrainOn, Truncate, percentiles, survey_examples
 from minitune.data.formats import FormatName, Record, scan_records
 from minitune.data.reading import RowError
-from minitune.data.splits import duplicates, normalise, question_key, row_text
+from minitune.data.splits import duplicates, question_key, row_key, row_parts
 from minitune.errors import ConfigError, DataError
 
 _SHOWN_ORIGINS = 3
@@ -145,9 +145,8 @@ def _add_epoch(report: Report, epoch: list[Example], *, packing: bool, **options
 
 def _duplicates(records: list[Record]) -> dict[str, Any]:
     """Count rows that came before, exactly or normalised, and questions that came before with another answer."""
-    texts = [row_text(record) for record in records]
-    exact = duplicates(texts)
-    alike = duplicates(map(normalise, texts))
+    exact = duplicates(map(row_parts, records))
+    alike = duplicates(map(row_key, records))
     asked = duplicates(map(question_key, records))
     first = [f"{records[i].origin} = {records[j].origin}" for i, j in alike[:_SHOWN_ORIGINS]]
     counts = {"exact": len(exact), "normalised": len(alike), "other_answer": len(asked) - len(alike)}

@@ -9,7 +9,6 @@ puts duplicates on both sides.
 """
 
 import hashlib
-import json
 import math
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable
@@ -27,23 +26,23 @@ def normalise(text: str) -> str:
     return " ".join(folded.split())
 
 
-def row_text(record: Record) -> str:
-    """Return all of a row that is trained on, as one string that equal rows and no others share."""
+def row_parts(record: Record) -> tuple[str, ...]:
+    """Return the texts of a row that is trained on; equal rows and no others have equal parts."""
     if record.messages is not None:
-        return json.dumps([[m["role"], m["content"]] for m in record.messages], ensure_ascii=False)
-    return record.text if record.text is not None else json.dumps([record.prompt, record.completion])
+        return tuple(text for message in record.messages for text in (message["role"], message["content"]))
+    return (record.text,) if record.text is not None else (record.prompt, record.completion)
 
 
-def question_text(record: Record) -> str:
-    """Return what a row asks: the first user turn, the prompt, or the text."""
-    if record.messages is not None:
-        return next(m["content"] for m in record.messages if m["role"] == "user")
-    return record.text if record.text is not None else record.prompt
+def row_key(record: Record) -> tuple[str, ...]:
+    """Return the normalised texts of a row, by which duplicates are told."""
+    return tuple(map(normalise, row_parts(record)))
 
 
 def question_key(record: Record) -> str:
-    """Return the normalised question, by which rows are split."""
-    return normalise(question_text(record))
+    """Return the normalised question, by which rows are split: first user turn, prompt, or text."""
+    if record.messages is not None:
+        return normalise(next(m["content"] for m in record.messages if m["role"] == "user"))
+    return normalise(row_parts(record)[0])
 
 
 def split_by_hash(
@@ -82,9 +81,7 @@ def duplicates(keys: Iterable[Hashable]) -> list[tuple[int, int]]:
     return [(i, earlier) for i, earlier in found if earlier != i]
 
 
-def deduplicate(
-    items: Iterable[Item], key: Callable[[Item], Hashable] = lambda record: normalise(row_text(record))
-) -> list[Item]:
+def deduplicate(items: Iterable[Item], key: Callable[[Item], Hashable] = row_key) -> list[Item]:
     """Return the items without those whose key came before; the first of equals stays."""
     kept: dict[Hashable, Item] = {}
     for item in items:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitune.data.formats import Record, read_records
-from minitune.data.splits import deduplicate, duplicates, normalise, question_key, row_text, split_by_hash
+from minitune.data.splits import deduplicate, duplicates, normalise, question_key, row_parts, split_by_hash
 from minitune.errors import ConfigError
 
 FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -65,14 +65,14 @@ def test_rows_that_ask_the_same_share_a_split(tmp_path):
 
 
 def test_question_and_text_of_each_kind():
-    turns = [("system", "S"), ("user", "Ask"), ("assistant", "b")]
+    turns = [("system", "user"), ("user", "Ask"), ("assistant", "b")]
     chat = Record("a:1", "messages", messages=tuple({"role": r, "content": c} for r, c in turns))
     assert question_key(chat) == "ask"
     assert question_key(Record("a:1", "prompt_completion", prompt="Ask", completion="b")) == "ask"
     assert question_key(Record("a:1", "text", text="All")) == "all"
     one = Record("a:1", "prompt_completion", prompt="a b", completion="c")
     other = Record("a:2", "prompt_completion", prompt="a", completion="b c")
-    assert row_text(one) != row_text(other)
+    assert row_parts(one) != row_parts(other)
 
 
 def test_duplicates_name_the_first():
