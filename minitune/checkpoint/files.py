@@ -59,9 +59,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     clean_leftovers(path)
     with _temporary(path) as temporary:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
+        temporary.mkdir()  # a folder, so that a library's own temporary files beside the file are cleaned too
+        yield temporary / path.name
+        _sync(temporary / path.name)
+        os.replace(temporary / path.name, path)
         _sync(path.parent)
 
 

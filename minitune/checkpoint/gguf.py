@@ -99,14 +99,16 @@ class QuantisedTensor:
 
     def read_into(self, destination: torch.Tensor) -> None:
         """Dequantise in fp32 into `destination`, of the same shape and of any dtype and device."""
-        place = self._places(destination.device)
+        place = self._places()
+        target = destination.detach()
+        array = target.numpy() if target.device.type == "cpu" and target.dtype == torch.float32 else None
         for start, rows in self._chunks():
-            chunk = torch.from_numpy(rows).to(destination.device, destination.dtype)
-            end = start + len(chunk)
-            if place is None:
-                destination[start:end] = chunk
+            end = start + len(rows)
+            where = slice(start, end) if place is None else place[start:end]
+            if array is not None:
+                array[where] = rows
             else:
-                destination.index_copy_(0, place[start:end], chunk)
+                target[where] = torch.from_numpy(rows).to(target.device, target.dtype)
 
     def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows as fp32) a few rows at a time; a vector's elements are its rows."""
@@ -118,15 +120,18 @@ class QuantisedTensor:
             for start in range(0, rows, step):
                 count = min(step, rows - start)
                 raw = np.fromfile(stream, np.uint8, count * row_shape[-1]).reshape(count, row_shape[-1])
-                values = dequantize(raw, self.kind).astype(np.float32, copy=False)
+                try:
+                    values = dequantize(raw, self.kind).astype(np.float32, copy=False)
+                except NotImplementedError:
+                    raise CheckpointError(f"{self.file}: the type {self.kind.name} cannot be dequantised") from None
                 yield start, values if len(self.shape) > 1 else values[0]
 
-    def _places(self, device: torch.device) -> torch.Tensor | None:
+    def _places(self) -> np.ndarray | None:
         """Return where each row of the file belongs, None where all stay in place."""
         if self.heads is None:
             return None
-        rows = torch.arange(self.shape[0], device=device).view(self.heads, 2, -1)  # (heads, half, i)
-        return rows.transpose(1, 2).flatten()  # row 2i + half of the file -> row i + half d/2
+        rows = np.arange(self.shape[0]).reshape(self.heads, 2, -1)  # (heads, half, i)
+        return rows.transpose(0, 2, 1).reshape(-1)  # row 2i + half of the file -> row i + half d/2
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
@@ -137,22 +142,28 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
     Raises:
         CheckpointError: not GGUF, truncated, counts that cannot be, or an architecture or field not known here.
     """
-    reader = _open(path)
-    metadata = {
-        name: field.contents() for name, field in reader.fields.items() if field.types[0] != gguf.GGUFValueType.ARRAY
-    }
-    tensors = {tensor.name: _tensor(path, tensor) for tensor in reader.tensors}
+    metadata, tensors = _read(path)
     fields = _config_fields(path, metadata, tensors)
     heads = {"attn_q": fields["num_attention_heads"], "attn_k": fields["num_key_value_heads"]}
     renamed = {}
     for name, tensor in tensors.items():
         part = name.split(".")[-2] if "." in name else ""
         if part in heads:
-            if tensor.shape[0] % (2 * heads[part]):
-                raise CheckpointError(f"{path}: {name}: {tensor.shape[0]} rows do not divide into {heads[part]} heads")
+            if not tensor.shape or tensor.shape[0] % (2 * heads[part]):
+                raise CheckpointError(
+                    f"{path}: {name}: the rows of {list(tensor.shape)} do not divide into {heads[part]} heads"
+                )
             tensor = replace(tensor, heads=heads[part])
         renamed[_hf_name(name)] = tensor
     return fields, renamed
+
+
+def _value(field: gguf.ReaderField) -> Any:
+    """Return a field's value, None for an array; an fp32 one as its shortest decimal (1e-05, not 9.99999975e-06)."""
+    if field.types[0] == gguf.GGUFValueType.ARRAY:
+        return None
+    value = field.contents()
+    return float(str(np.float32(value))) if field.types[0] == gguf.GGUFValueType.FLOAT32 else value
 
 
 def _hf_name(name: str) -> str:
@@ -209,7 +220,8 @@ def _tensor(path: Path, tensor: gguf.ReaderTensor) -> QuantisedTensor:
     return QuantisedTensor(path, tensor.tensor_type, shape, tensor.data_offset)
 
 
-def _open(path: Path) -> Reader:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
+    """Return the metadata and the tensors under the file's own names; counts are bounded before any is believed."""
     with open(path, "rb") as stream:
         head, size = stream.read(24), path.stat().st_size
     if head[:4] != b"GGUF":
@@ -219,6 +231,7 @@ def _open(path: Path) -> Reader:
         raise CheckpointError(f"{path} is damaged: {tensors:,} tensors and {fields:,} fields in {size:,} bytes")
     try:
         reader = Reader(path)
+        metadata = {name: _value(field) for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from None
-    return reader
+    return metadata, {tensor.name: _tensor(path, tensor) for tensor in reader.tensors}

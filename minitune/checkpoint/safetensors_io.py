@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from minitune.errors import CheckpointError
 
-CHUNK = 1 << 20  # elements
+CHUNK = 1 << 15  # elements: stays in a core's cache, and torch converts it on one thread
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -104,8 +104,11 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
         OSError: the disk is full, or the file cannot be written.
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; the library would leave the file to its owner alone
     try:
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+        path.chmod(mode)
     except SafetensorError as error:
         full = "os error 28" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from None
