@@ -15,7 +15,7 @@ from minitune.errors import DataError
 from minitune.model.cache import KVCache
 from minitune.model.config import ModelConfig
 from minitune.model.linear import Linear, linear_group, project
-from minitune.ops.attention import attention, visibility
+from minitune.ops.attention import Visibility, attention, visibility
 from minitune.ops.linear import stacked
 from minitune.ops.norm import rms_norm
 from minitune.ops.rope import apply_rope, rope_tables
@@ -48,15 +48,15 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = linear_group(width, outs, config.attention_bias, dtype, device)
         (self.o_proj,) = linear_group(outs[0], (width,), config.attention_bias, dtype, device)
 
-    def forward(self, x: torch.Tensor, rope, mask, causal: bool, cache: KVCache | None) -> torch.Tensor:
-        """Map x (B, T, D) to (B, T, D); `rope` is (cos, sin), `mask` (B, 1, T, S) or None."""
+    def forward(self, x: torch.Tensor, rope, seen: Visibility, cache: KVCache | None) -> torch.Tensor:
+        """Map x (B, T, D) to (B, T, D); `rope` is (cos, sin) of the tokens' positions."""
         parts = project(x, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # (B, T, H d) -> (B, T, H, d)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, T, H, d) -> (B, H, T, d)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        out = attention(q, k, v, mask, causal)
+        out = attention(q, k, v, seen)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, H, T, d) -> (B, T, H d)
 
 
@@ -86,9 +86,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
         self.mlp = MLP(config, dtype, device)
 
-    def forward(self, h: torch.Tensor, rope, mask, causal: bool, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, rope, seen: Visibility, cache: KVCache | None) -> torch.Tensor:
         """Map h (B, T, D) to (B, T, D)."""
-        h = h + self.self_attn(self.input_layernorm(h), rope, mask, causal, cache)
+        h = h + self.self_attn(self.input_layernorm(h), rope, seen, cache)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -172,21 +172,14 @@ class Transformer(nn.Module):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise DataError(f"a token id is not below the vocabulary size {self.config.vocab_size}; wrong tokenizer?")
         offset = 0 if cache is None else cache.length
-        mask, causal = None, offset == 0
-        if positions is None:
-            length = ids.shape[1]
-            positions = torch.arange(offset, offset + length, device=ids.device)[None].expand(len(ids), -1)
-            if offset and length > 1:
-                mask = visibility(positions, offset)
-        else:
-            mask = visibility(positions, offset)
+        positions, seen = _positions_and_visibility(ids, positions, offset)
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         h = self.model.embed_tokens(ids)
         for layer in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, rope, mask, causal, cache, use_reentrant=False)
+                h = checkpoint(layer, h, rope, seen, cache, use_reentrant=False)
             else:
-                h = layer(h, rope, mask, causal, cache)
+                h = layer(h, rope, seen, cache)
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.model.norm(h)
@@ -200,6 +193,17 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """Return logits (B, T, V) in the model's dtype; arguments as in `hidden`."""
         return self.logits(self.hidden(ids, positions=positions, cache=cache))
+
+
+def _positions_and_visibility(ids, positions, offset: int) -> tuple[torch.Tensor, Visibility]:
+    """Return positions (B, T) and who sees whom; without positions each row is one document."""
+    length = ids.shape[1]
+    if positions is not None:
+        return positions, visibility(positions, offset)
+    positions = torch.arange(offset, offset + length, device=ids.device).expand(len(ids), -1)
+    if offset == 0:
+        return positions, Visibility(None, causal=True)
+    return positions, Visibility(None, causal=False) if length == 1 else visibility(positions, offset)
 
 
 def _restack(*layers: Linear) -> None:

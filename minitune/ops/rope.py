@@ -1,8 +1,9 @@
 """Rotary position embedding (Su et al. 2021, equation 34), in the half-split layout of Llama checkpoints.
 
 Element i of the first half of a head and element i of the second half are one pair, turned by the angle
-position / theta^(2i/d). A turn is orthogonal, so the gradient is turned back by the same angle: the
-backward pass is the forward pass with -sin, and nothing but the tables is kept.
+position / theta^(2i/d):   (a, b) -> (a cos - b sin, b cos + a sin).
+A turn is orthogonal, so the gradient is turned back by the same angle: the backward pass is the forward
+pass with -sin, and nothing but the tables is kept.
 """
 
 import torch
@@ -15,13 +16,13 @@ def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[t
     return angles.cos().float().unsqueeze(2), angles.sin().float().unsqueeze(2)
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn x (B, T, H, d); the product is fp32 and rounded once to x's dtype."""
-    first, second = x.chunk(2, dim=-1)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    half = x.shape[-1] // 2
-    out[..., :half] = first * cos - second * sin
-    out[..., half:] = second * cos + first * sin
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    """Turn x (B, T, H, d) by +-angle; products are fp32, rounded once. The result lies as (B, H, T, d) in memory."""
+    batch, length, heads, width = x.shape
+    first, second = x.float().split(width // 2, dim=-1)
+    out = torch.empty(batch, heads, length, width, dtype=x.dtype, device=x.device).transpose(1, 2)
+    out[..., : width // 2] = (first * cos).addcmul_(second, sin, value=-sign)
+    out[..., width // 2 :] = (second * cos).addcmul_(first, sin, value=sign)
     return out
 
 
@@ -29,14 +30,16 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _turn(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        return _turn(dy, cos, -sin), None, None
+        return _turn(dy, *ctx.saved_tensors, -1), None, None
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the heads of x (B, T, H, d) by the tables of `rope_tables`; returns a new (B, T, H, d)."""
-    return _Rope.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _turn(x, cos, sin)
+    """Turn the heads of x (B, T, H, d) by the tables of `rope_tables`; returns a new (B, T, H, d).
+
+    The result's memory is laid out heads first, as attention reads it.
+    """
+    return _Rope.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _turn(x, cos, sin, 1)
