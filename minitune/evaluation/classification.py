@@ -1,0 +1,138 @@
+"""Classification by generated answer: the model is asked, and what it writes must be a label.
+
+Answers are greedy and compared after nothing but stripping white space: "Positive." is not "positive". Such
+an answer counts as wrong and as out of format, never as nearly right. Scoring the labels' probabilities
+instead was rejected: it hides that a model does not answer in the form that was asked for.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitune.data.formats import Record, read_records
+from minitune.decoding import Prompt, generate_texts
+from minitune.errors import ConfigError, DataError, nearest
+from minitune.evaluation.metrics import OTHER, accuracy, confusion_matrix, macro_f1, wilson_interval
+from minitune.model.transformer import Transformer
+from minitune.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class LabelledPrompt:
+    """A question whose right answer is `label`; `raw` prompts are continued without a chat template."""
+
+    prompt: Prompt
+    label: str
+    origin: str
+    raw: bool = False
+
+
+@dataclass(frozen=True)
+class Classification:
+    """How well answers match labels.
+
+    `confusion` has a row per right label and a column per answered label, the last column for any other
+    answer; `format_compliance` is the share of answers that are exactly a label; `accuracy_interval` is
+    Wilson's 95% interval; `other_answers` are the most frequent answers outside the labels, with counts.
+    """
+
+    rows: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    macro_f1: float
+    format_compliance: float
+    labels: tuple[str, ...]
+    confusion: list[list[int]]
+    other_answers: list[tuple[str, int]]
+
+
+def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """Return the labels without white space around them; raises ConfigError for under two, empty or doubled."""
+    cleaned = tuple(label.strip() for label in labels)
+    if len(cleaned) < 2 or "" in cleaned or len(set(cleaned)) < len(cleaned) or OTHER in cleaned:
+        raise ConfigError(
+            f"labels are {', '.join(map(repr, cleaned)) or 'missing'}; give at least two different ones, "
+            f"as in positive,negative ('{OTHER}' is the name for answers outside them)"
+        )
+    return cleaned
+
+
+def read_labelled(path: str | Path, labels: Sequence[str]) -> list[LabelledPrompt]:
+    """Return the rows of a data file whose answers are labels.
+
+    The last answer of a chat, or the completion of a prompt, is the label; any format but text will do.
+    Raises DataError with file:line for a row without one, ConfigError for bad labels.
+    """
+    labels = check_labels(labels)
+    return [_labelled(record, labels) for record in read_records(path)]
+
+
+def _labelled(record: Record, labels: tuple[str, ...]) -> LabelledPrompt:
+    """Split a record into question and label."""
+    if record.messages is None and record.prompt is None:
+        raise DataError(f"{record.origin}: a text without question and answer; classification needs both")
+    raw = record.messages is None
+    prompt, answer = (
+        (record.prompt, record.completion) if raw else (record.messages[:-1], record.messages[-1]["content"])
+    )
+    label = answer.strip()
+    if label not in labels:
+        raise DataError(
+            f"{record.origin}: the answer '{label[:60]}' is not one of the labels {', '.join(labels)}"
+            f"{nearest(label, labels)}; correct the row or the labels"
+        )
+    return LabelledPrompt(prompt, label, record.origin, raw)
+
+
+def classify(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Sequence[LabelledPrompt],
+    labels: Sequence[str],
+    *,
+    max_new_tokens: int = 16,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> Classification:
+    """Ask every question and compare the answers with the labels.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        rows: the questions, all of one kind (`raw` or not).
+        labels: the L labels.
+        max_new_tokens: an answer that has not ended by then is no label; room for the longest label and more.
+        batch_size: questions read at once.
+        on_batch: called after each batch with its number of rows.
+
+    Raises:
+        DataError: there are no rows, or one does not fit the model. ConfigError: bad labels.
+    """
+    labels = check_labels(labels)
+    if not rows:
+        raise DataError("there are no rows to classify; give a file with at least one")
+    answers = generate_texts(
+        model, tokenizer, [row.prompt for row in rows],
+        max_new_tokens=max_new_tokens, raw=rows[0].raw, batch_size=batch_size, on_batch=on_batch,
+    )  # fmt: skip
+    # An answer that was cut off is marked, so that its beginning is never taken for a label.
+    predicted = [answer.text.strip() + ("" if answer.finished else " ...") for answer in answers]
+    return summarize([row.label for row in rows], predicted, labels)
+
+
+def summarize(expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> Classification:
+    """Count answers against the right labels and return every metric; a pure function."""
+    confusion = confusion_matrix(expected, predicted, labels)
+    rows, right = len(expected), sum(row[i] for i, row in enumerate(confusion))
+    others = Counter(answer for answer in predicted if answer not in labels)
+    return Classification(
+        rows=rows,
+        accuracy=accuracy(confusion),
+        accuracy_interval=wilson_interval(right, rows),
+        macro_f1=macro_f1(confusion),
+        format_compliance=1 - sum(row[-1] for row in confusion) / rows,
+        labels=tuple(labels),
+        confusion=confusion,
+        other_answers=others.most_common(5),
+    )

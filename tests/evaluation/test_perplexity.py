@@ -1,0 +1,83 @@
+"""Perplexity against transformers' own loss on the same windows."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from minitune.errors import ConfigError, DataError
+from minitune.evaluation.perplexity import plan_windows, score_ids
+from minitune.model.config import ModelConfig
+from minitune.model.transformer import Transformer
+
+
+@pytest.fixture(scope="module")
+def twins():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    peer = LlamaForCausalLM(config).eval()
+    model = Transformer(ModelConfig.from_hf(config.to_dict()))
+    model.load_state_dict(peer.state_dict())
+    return model, peer
+
+
+IDS = torch.randint(0, 101, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.mark.parametrize("window, stride", [(16, 16), (16, 5), (16, 1), (63, 40), (150 - 90, None)])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_loss_equals_transformers_on_the_same_windows(twins, window, stride, batch_size):
+    model, peer = twins
+    total, count, first = 0.0, 0, 0
+    for start in range(0, len(IDS) - 1, stride or window):  # window tokens read, each predicting the next
+        end = min(start + window, len(IDS) - 1)
+        ids = torch.tensor([IDS[start : end + 1]])
+        labels = ids.clone()
+        labels[:, : first - start + 1] = -100  # predicted in an earlier window already
+        tokens = end - first
+        with torch.no_grad():
+            total += peer(ids, labels=labels).loss.item() * tokens
+        count, first = count + tokens, end
+        if end == len(IDS) - 1:
+            break
+    result = score_ids(model, IDS, window=window, stride=stride, batch_size=batch_size)
+    assert result.tokens == count == len(IDS) - 1
+    assert result.loss == pytest.approx(total / count, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+@pytest.mark.parametrize("length, window, stride", [(2, 8, 8), (9, 8, 8), (10, 8, 3), (100, 10, 7), (17, 16, 1)])
+def test_every_token_but_the_first_is_predicted_once(length, window, stride):
+    windows = plan_windows(length, window, stride)
+    predicted = [place + 1 for start, end, first in windows for place in range(first, end)]
+    assert predicted == list(range(1, length))
+    assert all(0 <= start <= first < end <= start + window for start, end, first in windows)
+
+
+def test_the_full_logits_never_exist(twins, monkeypatch):
+    model, _ = twins
+    monkeypatch.setattr(Transformer, "logits", lambda *_: pytest.fail("the logits of a whole window were made"))
+    model.train()
+    heard = []
+    result = score_ids(model, IDS, window=16, batch_size=4, on_batch=heard.append)
+    assert sum(heard) == result.tokens
+    assert model.training
+
+
+def test_bad_settings_are_named(twins):
+    model, _ = twins
+    for values, line in [
+        ({"window": 65}, "window is 65; it must be 2 to the model's 64"),
+        ({"window": 1}, "window is 1"),
+        ({"window": 16, "stride": 17}, "stride is 17"),
+        ({"window": 16, "stride": 0}, "stride is 0"),
+        ({"window": 16, "batch_size": 0}, "batch_size is 0"),
+    ]:
+        with pytest.raises(ConfigError, match=line):
+            score_ids(model, IDS, **values)
+    with pytest.raises(DataError, match="the text has 1 tokens"):
+        score_ids(model, [3], window=16)
