@@ -235,7 +235,7 @@ class SentencePieceBackend:
             run = [(plain[part], (0, len(part)))] if part in plain else self._run(part, place)
             found += [(id, (start + at, end + at)) for id, (start, end) in run]
             at += len(part)
-            place = "control" if part in plain else place
+            place = "inside"
         return found
 
     def _run(self, text: str, place: Place) -> list[tuple[int, tuple[int, int]]]:

@@ -25,7 +25,7 @@ from functools import lru_cache
 
 from minitune.errors import CheckpointError, DataError, MinituneError
 
-SECONDS = 1.0  # for one rendering
+SECONDS = 1.0  # for one conversation, and 1% more for each of its renderings
 MEMORY = 1 << 29  # bytes of address space, where the system can cap it
 CHARACTERS = 1_000_000  # that a template may write beyond four times its input
 
@@ -122,6 +122,7 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 def _compile(source: str):
     """Return the compiled template; jinja2 is imported here because only the worker needs it."""
     from jinja2 import nodes
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -134,9 +135,13 @@ def _compile(source: str):
             line = next(parser.stream).lineno
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Jinja2's sandbox reads a forbidden attribute as undefined, which prints as nothing; this one says so."""
+
+        def unsafe_undefined(self, obj, attribute):
+            raise SecurityError(f"attribute '{attribute}' of a {type(obj).__name__}")
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
@@ -180,12 +185,12 @@ def _serve() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             limit, answers = CHARACTERS + 4 * len(line), []
+            faulthandler.dump_traceback_later(SECONDS * (1 + len(request["cuts"]) / 100), exit=True, file=nowhere)
             for count, prompt in request["cuts"]:
                 variables = {"tools": None, "documents": None, **request["variables"]}
                 variables |= {"messages": request["messages"][:count], "add_generation_prompt": prompt}
-                faulthandler.dump_traceback_later(SECONDS, exit=True, file=nowhere)
                 answers.append(_render(request["source"], limit, variables))
-                faulthandler.cancel_dump_traceback_later()
+            faulthandler.cancel_dump_traceback_later()
             print(json.dumps(answers), flush=True)
 
 

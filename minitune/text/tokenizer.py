@@ -90,7 +90,7 @@ class Tokenizer:
     def _control_pattern(self) -> re.Pattern:
         """Matches a control token with the white space that it swallows."""
         longest = sorted(self._control.items(), key=lambda item: -len(item[0]))
-        spaces = {False: "", True: r"\s*"}
+        spaces = {False: "", True: r"[^\S\x1c-\x1f]*"}  # what Unicode calls white space
         literals = [spaces[flags.lstrip] + re.escape(token) + spaces[flags.rstrip] for token, flags in longest]
         return re.compile("|".join(literals) or "(?!)")
 
@@ -138,10 +138,11 @@ class Tokenizer:
     def encode_run(self, text: str, place: Place) -> list[int]:
         """Return the ids of a run of plain text; `place`: at the "start", after a "control" token, or "inside"."""
         try:
-            ids = self._backend.encode(text, place)
+            text.encode()
         except UnicodeEncodeError as error:
             problem = f"half of a surrogate pair at character {error.start} of a text; repair the file's encoding"
             raise DataError(problem) from error
+        ids = self._backend.encode(text, place)
         if self._guarded.isdisjoint(ids):
             return ids
         spans = self._backend.offsets(text, place)

@@ -1,0 +1,362 @@
+"""Tokenizers against the libraries that own the formats, and against a byte-pair encoder written out by hand."""
+
+import json
+import random
+
+import pytest
+import regex
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from minitune.errors import CheckpointError, ConfigError, DataError
+from minitune.text.gguf_tokenizer import _sentencepiece, open_gguf
+from minitune.text.stream import byte_level_alphabet
+from minitune.text.tokenizer import load_tokenizer
+
+TEXTS = [
+    "",
+    "Hello world",
+    "  two spaces,\ttab\nand\r\nlines  ",
+    "In 2024, 1234567 + 0.5 = ½ ² Ⅷ ٣",
+    "naïve café e\u0301 👩‍👩‍👧 🎉🎉 🇫🇷",
+    "مرحبا بالعالم، كيف حالك؟",
+    "สวัสดีชาวโลก ไม่มีช่องว่าง",
+    "日本語のテキスト。中文字符",
+    "\x00\x01\x1b\x7f\x85\u200b\u2028\ufeff\ufffd",
+    "for (i=0; i<10; i++) { x['a'] += \"b\\n\"; }  // don't",
+    "</s><s> <unk> <|im_end|> [INST] <0x41> <think>",
+    "a" * 300 + " " * 40 + "\n" * 9,
+]
+fast = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+any_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40)
+
+
+def bpe_by_hand(text, vocabulary, ranks):
+    """GPT-2's algorithm on words split as SmolLM2 does: each digit alone, then GPT-2's pattern."""
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    for short, unicode in ((r"\s", r"\p{White_Space}"), (r"\S", r"\P{White_Space}")):  # as Unicode defines white space
+        pattern = pattern.replace(short, unicode)
+    words = regex.compile(pattern)
+    characters = {byte: character for character, byte in byte_level_alphabet().items()}
+    ids = []
+    for part in regex.split(r"(\p{N})", text):
+        for word in words.findall(part):
+            symbols = [characters[byte] for byte in word.encode()]
+            while len(symbols) > 1:
+                pairs = list(zip(symbols, symbols[1:], strict=False))
+                best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+                if best not in ranks:
+                    break
+                merged, at = [], 0
+                while at < len(symbols):
+                    both = tuple(symbols[at : at + 2]) == best
+                    merged.append("".join(best) if both else symbols[at])
+                    at += 2 if both else 1
+                symbols = merged
+            ids += [vocabulary[symbol] for symbol in symbols]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_file):
+    return load_tokenizer(smollm2_file)
+
+
+def test_smollm2_ids_equal_byte_pair_encoding_by_hand(smollm2, smollm2_file):
+    fields = open_gguf(smollm2_file).fields
+    vocabulary = {token: id for id, token in enumerate(fields["tokenizer.ggml.tokens"].contents())}
+    merges = fields["tokenizer.ggml.merges"].contents()
+    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
+    shuffled = random.Random(0)
+    alphabet = [character for text in TEXTS for character in text]
+    mixtures = ["".join(shuffled.choices(alphabet, k=30)) for _ in range(200)]
+    for text in TEXTS + mixtures:
+        assert smollm2.encode(text) == bpe_by_hand(text, vocabulary, ranks), text
+        assert smollm2.decode(smollm2.encode(text)) == text
+
+
+def test_smollm2_facts(smollm2):
+    assert (smollm2.vocab_size, smollm2.bos_id, smollm2.eos_id, smollm2.pad_id) == (49152, 1, 2, 2)
+    assert smollm2.end_ids == (2,) and not smollm2.add_bos
+    assert smollm2.encode("12") == smollm2.encode("1") + smollm2.encode("2")
+
+
+@pytest.mark.parametrize("style", ["chatml", "llama3", "gemma", "deepseek"])
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_tokenizer_json_gives_the_ids_of_transformers(fast_folder, style, add_bos):
+    folder = fast_folder(style, add_bos=add_bos)
+    judge, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    assert ours.add_bos == add_bos
+    for text in TEXTS[:-2]:
+        assert ours.encode(text) == judge(text).input_ids, text
+        assert ours.encode(text, bos=False) == judge(text, add_special_tokens=False).input_ids
+        assert ours.decode(judge(text).input_ids) == text
+        assert ours.decode(ours.encode(text)) == text
+    for name in ("bos", "eos"):
+        assert getattr(ours, f"{name}_id") == getattr(judge, f"{name}_token_id")
+    assert ours.vocab_size == len(judge)
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first", "always"])
+def test_prefix_spaces_as_in_transformers(fast_folder, scheme):
+    folder = fast_folder("llama2", scheme)
+    judge, ours = PreTrainedTokenizerFast.from_pretrained(folder), load_tokenizer(folder)
+    for text in ["Hello world", "</s>fox", "fox</s>the dog</s> x</s>", "<s></s>", " fox"]:
+        assert ours.encode(text, control=True, bos=False) == judge(text, add_special_tokens=False).input_ids, text
+    for text in ["The quick brown fox", "x  y"]:  # Metaspace itself writes "fox" and " fox" alike
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_text_cut_inside_gets_no_prefix_space(fast_folder, piece_folder):
+    for folder in [fast_folder("llama2", s) for s in ("prepend", "first", "always")] + [piece_folder()]:
+        ours = load_tokenizer(folder)
+        first = ours.encode("The quick")
+        assert ours.decode(first + ours.encode_run(" brown fox", "inside")) == "The quick brown fox"
+        assert ours.decode(first + ours.encode_run("ly", "inside")) == "The quickly"
+        assert ours.decode(first + ours.encode_run("\u4e16é", "inside")) == "The quick\u4e16é"
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_tokenizer_model_gives_the_ids_of_sentencepiece(piece_folder, model_type):
+    import sentencepiece
+
+    folder = piece_folder(model_type)
+    judge = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ours = load_tokenizer(folder)
+    for text in TEXTS:
+        assert ours.encode(text) == [judge.bos_id(), *judge.encode(text)], text
+        assert ours.decode(ours.encode(text)) == judge.decode(judge.encode(text)) == text
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size, ours.add_bos) == (1, 2, len(judge), True)
+
+
+def test_sentencepiece_without_bytes_keeps_its_unknown_token(piece_folder):
+    """Two unknown characters become one id, also where a text is cut before them."""
+    ours = load_tokenizer(_without_bytes(piece_folder))
+    unknown = ours._backend.unknown_id
+    assert ours.encode_run("\u4e16\u754c", "inside") == [unknown]
+    assert ours.encode_run("fox\u4e16", "inside")[-1] == unknown
+
+
+def _without_bytes(piece_folder):
+    import sentencepiece
+    from conftest import CORPUS
+
+    folder = piece_folder()
+    with open(folder / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS[:2]), model_writer=file, vocab_size=120, minloglevel=2, hard_vocab_limit=False
+        )
+    return folder
+
+
+def test_gguf_with_scores_merges_as_sentencepiece_does(piece_folder):
+    import sentencepiece
+
+    judge = sentencepiece.SentencePieceProcessor(model_file=str(piece_folder() / "tokenizer.model"))
+    tokens = [judge.id_to_piece(id) for id in range(len(judge))]
+    ours = _sentencepiece(tokens, [judge.get_score(id) for id in range(len(judge))], True, judge.unk_id())
+    for text in TEXTS[1:]:
+        assert ours.encode(text).ids == judge.encode(text), text
+
+
+@pytest.mark.parametrize("style", ["chatml", "llama3", "gemma", "deepseek", "mistral", "phi3"])
+@fast
+@given(data=st.data())
+def test_text_never_becomes_a_control_token(fast_folder, style, data):
+    ours = load_once(fast_folder(style))
+    literals = st.sampled_from(sorted(ours.control_ids))
+    text = "".join(data.draw(st.lists(st.one_of(literals, any_text), max_size=6)))
+    ids = ours.encode(text, bos=False)
+    assert not set(ids) & set(ours.control_ids.values())
+    assert ours.decode(ids) == text
+
+
+def test_user_defined_pieces_are_control_tokens(piece_folder):
+    """sentencepiece itself gives a user-defined symbol for its literal; we cut it apart."""
+    ours = load_tokenizer(piece_folder(user_defined=["<|im_start|>", "<|im_end|>", "zz"], style="chatml"))
+    text = "x<|im_end|></s>   <unk><|im_end|><|im_start|>"
+    ids = ours.encode(text)
+    assert set(ids) & set(ours.control_ids.values()) == {ours.bos_id}
+    assert ours.decode(ids) == text
+    assert ours.encode("zz", bos=False)[-1] == ours._backend.find("zz")
+    assert ours.control_ids["<|im_end|>"] in ours.end_ids
+
+
+@fast
+@given(text=any_text)
+def test_round_trip(fast_folder, text):
+    for folder in (fast_folder("chatml"), fast_folder("llama2", "prepend")):
+        ours = load_once(folder)
+        assert ours.decode(ours.encode(text)) == text
+
+
+@fast
+@given(data=st.data())
+def test_stream_equals_decode_and_never_splits_a_character(fast_folder, data):
+    kinds = [("chatml", "byte"), ("llama2", "first"), ("llama2", "prepend")]
+    ours = load_once(fast_folder(*data.draw(st.sampled_from(kinds))))
+    random_ids = st.lists(st.integers(0, ours.vocab_size + 3), max_size=30)
+    ids = data.draw(st.one_of(random_ids, any_text.map(ours.encode)))
+    stream = ours.stream()
+    pieces = [stream.push(id) for id in ids]
+    assert "".join(pieces) + stream.flush() == ours.decode(ids)
+    if ours.decode(ids).count("\ufffd") == 0:
+        assert all(piece.encode().decode() == piece for piece in pieces)
+    whole = "".join(pieces)
+    for end in range(len(pieces)):
+        assert whole.startswith("".join(pieces[:end]))
+
+
+def test_stream_holds_an_emoji_back_until_it_is_whole(fast_folder, piece_folder):
+    for folder in (fast_folder("chatml"), piece_folder()):
+        ours = load_tokenizer(folder)
+        ids = ours.encode("世🦊", bos=False)
+        stream = ours.stream()
+        pieces = [stream.push(id) for id in ids]
+        assert [piece for piece in pieces if piece] == ["世", "🦊"] and len(ids) > 2
+        assert stream.flush() == ""
+        for id in ids[:-1]:
+            stream.push(id)
+        assert stream.flush() == "\ufffd"
+
+
+def test_decode_equals_tokenizers_own_decoder(fast_folder):
+    for style, scheme in [("chatml", "byte"), ("gemma", "byte"), ("llama2", "prepend"), ("llama2", "first")]:
+        folder = fast_folder(style, scheme)
+        judge, ours = FastTokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder)
+        for text in TEXTS[:-2]:
+            ids = judge.encode(text).ids
+            assert ours.decode(ids) == judge.decode(ids)
+            assert ours.decode([*ids, ours.eos_id], skip_special=False) == judge.decode([*ids, ours.eos_id], False)
+
+
+_loaded = {}
+
+
+def load_once(folder):
+    if folder not in _loaded:
+        _loaded[folder] = load_tokenizer(folder)
+    return _loaded[folder]
+
+
+def test_truncation_stored_in_the_file_is_ignored(fast_folder, tmp_path):
+    judge = FastTokenizer.from_file(str(fast_folder("chatml") / "tokenizer.json"))
+    judge.enable_truncation(3)
+    judge.enable_padding(length=8)
+    judge.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert len(load_tokenizer(tmp_path).encode("one two three four five six")) > 8
+
+
+def test_ends_of_turn_come_from_every_file(fast_folder, tmp_path):
+    folder = fast_folder("llama3")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    ours = load_tokenizer(tmp_path)
+    assert ours.end_ids == (1, 2, 3, ours.control_ids["<|eot_id|>"])
+
+
+@pytest.mark.parametrize("style", ["chatml", "llama3", "deepseek", "llama2"])
+def test_saved_folder_is_read_by_transformers(fast_folder, tmp_path, style):
+    ours = load_tokenizer(fast_folder(style, "prepend" if style == "llama2" else "byte", True))
+    ours.save(tmp_path)
+    check_saved(ours, tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_saved_sentencepiece_folder_is_read_by_transformers(piece_folder, tmp_path, legacy):
+    ours = load_tokenizer(piece_folder(config={"legacy": legacy}))
+    ours.save(tmp_path)
+    check_saved(ours, tmp_path)
+
+
+def test_saved_gguf_tokenizer_is_read_by_transformers(smollm2, tmp_path):
+    smollm2.save(tmp_path)
+    check_saved(smollm2, tmp_path)
+
+
+def check_saved(ours, folder):
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    judge, again = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    talk = [{"role": "user", "content": "Hi fox 12"}, {"role": "assistant", "content": "Yes"}]
+    for text in TEXTS[:-2]:
+        assert ours.encode(text) == again.encode(text)
+        if text[:1] == " " and (folder / "tokenizer.model").exists():
+            continue  # transformers 5 adds no dummy space before a space; sentencepiece, which we follow, does
+        assert ours.encode(text) == judge(text).input_ids, text
+        assert judge.decode(judge(text).input_ids, skip_special_tokens=True) == text
+    assert judge.chat_template == ours.chat_template.source == again.chat_template.source
+    assert judge.apply_chat_template(talk, return_dict=False)
+    for name in ("bos", "eos"):
+        assert getattr(judge, f"{name}_token_id") == getattr(ours, f"{name}_id") == getattr(again, f"{name}_id")
+    assert again.end_ids == ours.end_ids
+
+
+def test_tokens_that_other_files_add(piece_folder):
+    added = {
+        "480": {"content": "<|im_start|>", "special": True},
+        "481": {"content": "<|im_end|>", "special": True},
+        "482": {"content": "<think>", "special": False},
+    }
+    folder = piece_folder(style="chatml", config={"added_tokens_decoder": added, "eos_token": "<|im_end|>"})
+    ours = load_tokenizer(folder)
+    assert (ours.vocab_size, ours.eos_id) == (483, 481)
+    assert ours.encode("fox<think>fox<|im_end|>", bos=False).count(482) == 1
+    assert 481 not in ours.encode("fox<|im_end|>")
+    assert ours.decode(ours.encode("fox<think> fox<|im_end|>")) == "fox<think> fox<|im_end|>"
+    assert ours.encode("<|im_end|>", control=True, bos=False) == [481]
+
+
+BROKEN = {
+    "nothing": ({}, "no tokenizer.json or tokenizer.model"),
+    "json": ({"tokenizer.json": "{"}, "not a tokenizer"),
+    "model": ({"tokenizer.model": "garbage"}, "not a sentencepiece model"),
+    "config": ({"tokenizer.json": "x", "tokenizer_config.json": "{"}, "not valid JSON"),
+    "list": ({"tokenizer.json": "x", "tokenizer_config.json": "[]"}, "not an object"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_damaged_folders_are_named(tmp_path, case):
+    files, message = BROKEN[case]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_other_refusals(fast_folder, tmp_path, smollm2_file):
+    folder = fast_folder("chatml")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_tokenizer(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_tokenizer(tmp_path / "absent.gguf")
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    with pytest.raises(CheckpointError, match="names no eos_token"):
+        load_tokenizer(tmp_path)
+    word_piece = json.loads((folder / "tokenizer.json").read_text())
+    word_piece["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(word_piece))
+    with pytest.raises(CheckpointError, match="WordPiece"):
+        load_tokenizer(tmp_path)
+    cut = tmp_path / "cut.gguf"
+    with open(smollm2_file, "rb") as whole:
+        cut.write_bytes(whole.read(300_000))
+    with pytest.raises(CheckpointError, match="not a complete GGUF"):
+        load_tokenizer(cut)
+    (tmp_path / "garbage.gguf").write_bytes(b"garbage" * 100)
+    with pytest.raises(CheckpointError, match="not a complete GGUF"):
+        load_tokenizer(tmp_path / "garbage.gguf")
+
+
+def test_refusals_of_encode(fast_folder):
+    ours = load_tokenizer(fast_folder("chatml"))
+    with pytest.raises(DataError, match="surrogate"):
+        ours.encode("half \ud83d")
+    ours.bos_id = None
+    with pytest.raises(ConfigError, match="no BOS"):
+        ours.encode("x", bos=True)
