@@ -10,12 +10,14 @@ Recomputing every chunk in the backward pass (as checkpointing does) was rejecte
 
 import torch
 
+from minitune.ops.precision import wide_dtype, widen
+
 CHUNK = 128  # rows; 128 x 49,152 fp32 logits are 25 MB
 
 
 def _chunk_gradient(hidden, weight, targets, losses=None):
     """Return d(sum of losses)/d(logits) of one chunk (n, V) in hidden's dtype; fill losses (n,) if given."""
-    logits = (hidden @ weight.T).float()
+    logits = widen(hidden @ weight.T)
     row = torch.arange(len(targets), device=targets.device)
     picked = logits[row, targets]
     total = torch.logsumexp(logits, dim=-1)
@@ -28,7 +30,7 @@ def _chunk_gradient(hidden, weight, targets, losses=None):
 
 def _weight_gradient(hidden, weight, targets, scale):
     """Return sum over rows of scale_i (softmax - onehot)_i h_i^T, (V, D), made chunk by chunk in fp32."""
-    total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    total = torch.zeros(weight.shape, dtype=wide_dtype(hidden.dtype), device=weight.device)
     for start in range(0, len(targets), CHUNK):
         part = slice(start, start + CHUNK)
         gradient = _chunk_gradient(hidden[part], weight, targets[part])
@@ -39,10 +41,11 @@ def _weight_gradient(hidden, weight, targets, scale):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        wide = wide_dtype(hidden.dtype)
+        losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(hidden)
         train_head = ctx.needs_input_grad[1]
-        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if train_head else None
+        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if train_head else None
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             gradient = _chunk_gradient(hidden[part], weight, targets[part], losses[part])
@@ -72,9 +75,9 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, targets)
-    losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    losses = torch.empty(len(targets), dtype=wide_dtype(hidden.dtype), device=hidden.device)
     for start in range(0, len(targets), CHUNK):
         part = slice(start, start + CHUNK)
-        logits = (hidden[part] @ weight.T).float()
+        logits = widen(hidden[part] @ weight.T)
         losses[part] = torch.logsumexp(logits, -1) - logits.gather(1, targets[part, None]).squeeze(1)
     return losses

@@ -8,25 +8,27 @@ Autograd over the eager expression was rejected: it keeps three fp32 tensors of 
 
 import torch
 
+from minitune.ops.precision import widen
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1) fp32
+        wide = widen(x)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
         return weight * (wide * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
+        normed = widen(x) * scale
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            g = dy.float() * weight.float()
+            g = widen(dy) * widen(weight)
             dx = g.addcmul_(normed, (g * normed).mean(-1, keepdim=True), value=-1).mul_(scale).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dw = (dy.float() * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            dw = (widen(dy) * normed).flatten(0, -2).sum(0).to(weight.dtype)
         return dx, dw, None
 
 
@@ -34,5 +36,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise the last dimension of x (..., D) by its root mean square and scale it by weight (D,)."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)
-    wide = x.float()
+    wide = widen(x)
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

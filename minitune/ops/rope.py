@@ -8,6 +8,8 @@ pass with -sin, and nothing but the tables is kept.
 
 import torch
 
+from minitune.ops.precision import widen
+
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cos and sin, each (B, T, 1, d/2) in fp32, for positions (B, T); frequencies are fp64."""
@@ -19,7 +21,7 @@ def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[t
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
     """Turn x (B, T, H, d) by +-angle; products are fp32, rounded once. The result lies as (B, H, T, d) in memory."""
     batch, length, heads, width = x.shape
-    first, second = x.float().split(width // 2, dim=-1)
+    first, second = widen(x).split(width // 2, dim=-1)
     out = torch.empty(batch, heads, length, width, dtype=x.dtype, device=x.device).transpose(1, 2)
     out[..., : width // 2] = (first * cos).addcmul_(second, sin, value=-sign)
     out[..., width // 2 :] = (second * cos).addcmul_(first, sin, value=sign)

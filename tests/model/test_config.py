@@ -1,0 +1,61 @@
+"""Every field of config.json is used, known to be inert, fixed, or refused by name."""
+
+import pytest
+from transformers import LlamaConfig
+
+from minitune.errors import ConfigError
+from minitune.model.config import ModelConfig
+
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+    "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+    "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "transformers.js_config": {"kv_cache_dtype": {}}, "transformers_version": "4.42.3", "use_cache": True,
+    "vocab_size": 49152,
+}  # fmt: skip
+
+
+def test_a_published_config():
+    config = ModelConfig.from_hf(SMOLLM2)
+    assert (config.num_layers, config.hidden_size, config.num_kv_heads, config.head_dim) == (30, 576, 3, 64)
+    assert (config.rope_theta, config.norm_eps, config.eos_ids, config.tie_embeddings) == (100000, 1e-5, (2,), True)
+
+
+def test_round_trip_through_transformers():
+    config = ModelConfig.from_hf(SMOLLM2)
+    theirs = LlamaConfig(**config.to_hf())
+    assert theirs.num_key_value_heads == 3 and theirs.rope_parameters["rope_theta"] == 100000
+    assert ModelConfig.from_hf(config.to_hf()) == config == ModelConfig.from_hf(theirs.to_dict())
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"model_type": "mamba"}, "not supported"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"logit_scale": 2.0}, "'logit_scale' is not known"),
+        ({"rms_norm_epss": 1e-5}, "did you mean 'rms_norm_eps'"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta"),
+        ({"rope_parameters": {"rope_theta": 100000, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"num_attention_heads": 10, "head_dim": 64}, "share"),
+        ({"num_attention_heads": 10}, "head_dim"),
+        ({"num_hidden_layers": 0}, "num_layers"),
+        ({"num_hidden_layers": "30"}, "num_layers"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps"),
+        ({"eos_token_id": 99999}, "eos"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"head_dim": 63}, "odd"),
+    ],
+)
+def test_what_is_not_implemented_is_refused(change, words):
+    with pytest.raises(ConfigError, match=words):
+        ModelConfig.from_hf(SMOLLM2 | change)

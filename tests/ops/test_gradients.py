@@ -1,0 +1,158 @@
+"""Each operation's hand-written gradient against finite differences in fp64, and its value against torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from minitune.ops import attention as attention_module
+from minitune.ops.attention import Visibility, _BlockedAttention, _fused, visibility
+from minitune.ops.cross_entropy import linear_cross_entropy
+from minitune.ops.linear import Adapter, projections, stacked
+from minitune.ops.norm import rms_norm
+from minitune.ops.rope import apply_rope, rope_tables
+from minitune.ops.swiglu import swiglu
+
+
+def draw(*shape, seed=0, grad=True, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_(grad)
+
+
+def test_rms_norm():
+    x, w = draw(2, 3, 5), draw(5, seed=1)
+    torch.testing.assert_close(rms_norm(x, w, 1e-5), F.rms_norm(x, (5,), w, 1e-5))
+    assert gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (x, w))
+
+
+def test_swiglu():
+    gate, up = draw(2, 7), draw(2, 7, seed=1)
+    torch.testing.assert_close(swiglu(gate, up), gate * torch.sigmoid(gate) * up)
+    assert gradcheck(swiglu, (gate, up))
+
+
+def test_rope_turns_each_pair_by_its_angle():
+    x = draw(1, 3, 2, 4)
+    positions = torch.tensor([[0, 1, 5]])
+    cos, sin = rope_tables(positions, 4, 100.0)
+    out = apply_rope(x, cos, sin)
+    for t, position in enumerate((0, 1, 5)):
+        for pair in (0, 1):
+            angle = torch.tensor(position / 100.0 ** (2 * pair / 4), dtype=torch.float64)
+            a, b = x[0, t, :, pair], x[0, t, :, pair + 2]
+            torch.testing.assert_close(out[0, t, :, pair], a * angle.cos() - b * angle.sin(), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(out[0, t, :, pair + 2], b * angle.cos() + a * angle.sin(), rtol=1e-6, atol=1e-6)
+    assert gradcheck(lambda x: apply_rope(x, cos, sin), (x,))
+
+
+def eager_projections(x, weights, biases, adapters):
+    outs = []
+    for weight, bias, adapter in zip(weights, biases, adapters, strict=True):
+        full = weight if adapter is None else weight + adapter.scaling * adapter.B @ adapter.A
+        outs.append(F.linear(x, full, bias))
+    return outs
+
+
+@pytest.mark.parametrize("present", [(True,), (True, True, True), (False, True), (True, False, True), (False, False)])
+@pytest.mark.parametrize("train_base", [False, True])
+def test_projections(present, train_base):
+    count = len(present)
+    sizes = (4, 2, 3)[:count]
+    joined = draw(sum(sizes), 5, grad=False)
+    weights = [part.detach().requires_grad_(train_base) for part in joined.split(sizes)]
+    assert stacked(weights) is not None and stacked(weights[::-1] + [draw(1, 5)]) is None
+    biases = [draw(size, seed=9, grad=train_base) if i != 1 else None for i, size in enumerate(sizes)]
+    adapters = [
+        Adapter(draw(2 + i, 5, seed=20 + i), draw(size, 2 + i, seed=30 + i), 0.5 + i) if has else None
+        for i, (size, has) in enumerate(zip(sizes, present, strict=True))
+    ]
+    x = draw(2, 3, 5, seed=3)
+    for ours, eager in zip(
+        projections(x, weights, biases, adapters), eager_projections(x, weights, biases, adapters), strict=True
+    ):
+        torch.testing.assert_close(ours, eager)
+    factors = [factor for adapter in adapters if adapter for factor in (adapter.A, adapter.B)]
+
+    def run(x, *rest):
+        rest = list(rest)
+        own = [Adapter(rest.pop(0), rest.pop(0), adapter.scaling) if adapter else None for adapter in adapters]
+        return projections(x, rest[:count], rest[count:] if train_base else biases, own)
+
+    extra = [bias for bias in biases if bias is not None]
+    if train_base and None in biases:
+        biases_in = biases
+
+        def run_with_none(x, *rest):
+            rest = list(rest)
+            given = iter(rest[len(rest) - len(extra) :])
+            return run(x, *rest[: len(rest) - len(extra)], *[None if b is None else next(given) for b in biases_in])
+
+        assert gradcheck(run_with_none, (x, *factors, *weights, *extra))
+    else:
+        assert gradcheck(run, (x, *factors, *weights, *(extra if train_base else [])))
+
+
+def test_projections_dropout_is_one_mask_for_forward_and_backward():
+    x, weight = draw(4, 6), [draw(3, 6, grad=False, seed=1)]
+    adapter = Adapter(draw(2, 6, seed=2), draw(3, 2, seed=3), 2.0)
+    torch.manual_seed(5)
+    keep = torch.empty(4, 6, dtype=torch.float64).bernoulli_(0.5).div_(0.5)
+    torch.manual_seed(5)
+    (ours,) = projections(x, weight, [None], [adapter], dropout=0.5)
+    eager = x @ weight[0].T + 2.0 * (x * keep) @ adapter.A.T @ adapter.B.T
+    torch.testing.assert_close(ours, eager)
+    inputs = (x, adapter.A, adapter.B)
+    upstream = draw(4, 3, seed=7, grad=False)
+    grads = (torch.autograd.grad(out, inputs, upstream) for out in (ours, eager))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_linear_cross_entropy(monkeypatch, weighted):
+    monkeypatch.setattr("minitune.ops.cross_entropy.CHUNK", 3)
+    hidden, head = draw(7, 4), draw(11, 4, seed=1)
+    targets = torch.tensor([0, 10, 3, 3, 7, 1, 5])
+    eager = F.cross_entropy(hidden @ head.T, targets, reduction="none")
+    torch.testing.assert_close(linear_cross_entropy(hidden, head, targets), eager)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, head, targets), eager)
+    scale = torch.arange(1.0, 8.0, dtype=torch.float64) if weighted else torch.ones(7, dtype=torch.float64)
+    assert gradcheck(lambda h, w: (linear_cross_entropy(h, w, targets) * scale).sum(), (hidden, head))
+
+
+@pytest.mark.parametrize("length,block", [(5, 2), (4, 4), (7, 3), (6, 16)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocked_attention_gradient(monkeypatch, length, block, packed):
+    monkeypatch.setattr(attention_module, "BLOCK", block)
+    q, k, v = draw(2, 4, length, 2), draw(2, 2, length, 2, seed=1), draw(2, 2, length, 2, seed=2)
+    positions = torch.arange(length).repeat(2, 1)
+    if packed:
+        positions[0, 2:] -= 2
+        positions[1, 3:] -= 3
+    seen = visibility(positions) if packed else Visibility(None, causal=True)
+    assert gradcheck(lambda q, k, v: _BlockedAttention.apply(q, k, v, seen), (q, k, v))
+    upstream = draw(2, 4, length, 2, seed=4, grad=False)
+    ours = torch.autograd.grad(_BlockedAttention.apply(q, k, v, seen), (q, k, v), upstream)
+    theirs = torch.autograd.grad(_fused(q, k, v, seen), (q, k, v), upstream)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_bf16_attention_gradient_is_as_exact_as_the_fused_one():
+    shapes = ((2, 4, 200, 16), (2, 2, 200, 16), (2, 2, 200, 16))
+    wide = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+    upstream = draw(2, 4, 200, 16, seed=9, grad=False)
+    seen = Visibility(None, causal=True)
+    truth = torch.autograd.grad(_fused(*wide, seen), wide, upstream)
+    narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
+    truth_narrow = [x.detach().double().requires_grad_() for x in narrow]
+    truth = torch.autograd.grad(_fused(*truth_narrow, seen), truth_narrow, upstream.bfloat16().double())
+
+    def errors(function):
+        grads = torch.autograd.grad(function(), narrow, upstream.bfloat16())
+        return [((g.double() - t).norm() / t.norm()).item() for g, t in zip(grads, truth, strict=True)]
+
+    ours = errors(lambda: _BlockedAttention.apply(*narrow, seen))
+    theirs = errors(lambda: _fused(*narrow, seen))
+    assert all(a <= 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
