@@ -43,10 +43,11 @@ def tokenizers(tmp_path_factory):
 
 @pytest.fixture
 def with_template(tmp_path):
-    """Return a function that makes a tokenizer with another chat template, given what to put before ChatML."""
+    """Return a function that makes a tokenizer with ChatML changed: what to put before it, and a replacement."""
 
-    def make(before):
-        return load_tokenizer(save_byte_tokenizer(tmp_path, chat_template=before + CHATML))
+    def make(before, old="", new=""):
+        template = before + CHATML.replace(old, new, 1)
+        return load_tokenizer(save_byte_tokenizer(tmp_path, chat_template=template))
 
     return make
 

@@ -57,6 +57,15 @@ def test_only_the_last_answer_or_that_of_the_completion(tokenizers):
     assert learned_text(example, tokenizers["chat"]) == "two<|im_end|>three<|im_end|>"
 
 
+def test_a_prompts_own_answers_need_not_be_trainable(with_template):
+    """Templates of reasoning models shorten earlier answers; only as targets are these refused."""
+    forgetful = with_template("", "{{ m.content }}<|im_end|>", "{{ m.content if loop.last else '' }}<|im_end|>")
+    with pytest.raises(DataError, match="writes this answer differently once later turns follow"):
+        build(chat(), forgetful)
+    (example,) = build(chat(context=4), forgetful)
+    assert learned_text(example, forgetful) == "two<|im_end|>"
+
+
 def test_prompt_and_completion_are_encoded_apart(tokenizers, judge):
     (example,) = build(pair(), tokenizers["plain"])
     prompt, answer = judge("2+2=")["input_ids"], judge(" 4")["input_ids"] + [EOS]

@@ -49,7 +49,7 @@ def test_wilson_interval_bounds_solve_its_equation(right, total):
     for bound in (low, high):
         variance = 1.959963984540054**2 * bound * (1 - bound) / total
         assert (share - bound) ** 2 == pytest.approx(variance, rel=1e-9, abs=1e-15)
-    assert 0 <= low <= share <= high <= 1
+    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
 
 
 def test_wilson_interval_by_published_example():
