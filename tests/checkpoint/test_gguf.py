@@ -1,0 +1,179 @@
+"""GGUF against transformers' own import of the same file, and damaged files."""
+
+import time
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from minitune.checkpoint.load import load_model
+from minitune.errors import CheckpointError, ConfigError
+
+HEADS, KV_HEADS, WIDTH, INNER, VOCAB = 4, 2, 64, 96, 96
+
+
+@torch.no_grad()
+def theirs(path):
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_smollm2_equals_transformers_import(smollm2_path):
+    expected, ours = theirs(smollm2_path), load_model(smollm2_path)
+    state = expected.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 134_515_008
+    ids = torch.randint(0, 49152, (2, 21), generator=torch.Generator().manual_seed(0))
+    reference = expected(ids).logits
+    assert (ours(ids) - reference).norm() / reference.norm() < 1e-5
+    config = ours.config
+    assert (config.num_layers, config.rope_theta, config.norm_eps, config.eos_ids) == (30, 100_000, 1e-5, (2,))
+
+
+def write_tiny(path, *, kind=gguf.GGMLQuantizationType.Q8_0, untied=False, skip=(), architecture="llama", extra=None):
+    """Write a random GGUF with the gguf package; norms fp32, matrices quantised."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(128)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(VOCAB)])
+    writer.add_token_merges(["t 1", "t 2"])
+    writer.add_eos_token_id(2)
+    writer.add_bos_token_id(1)
+    for name, value in (extra or {}).items():
+        writer.add_uint32(name, value)
+    shapes = {"token_embd": (VOCAB, WIDTH), "output_norm": (WIDTH,)} | ({"output": (VOCAB, WIDTH)} if untied else {})
+    kv_rows = WIDTH // HEADS * KV_HEADS
+    for i in range(2):
+        shapes |= {f"blk.{i}.attn_q": (WIDTH, WIDTH), f"blk.{i}.attn_k": (kv_rows, WIDTH),
+                   f"blk.{i}.attn_v": (kv_rows, WIDTH), f"blk.{i}.attn_output": (WIDTH, WIDTH),
+                   f"blk.{i}.ffn_gate": (INNER, WIDTH), f"blk.{i}.ffn_up": (INNER, WIDTH),
+                   f"blk.{i}.ffn_down": (WIDTH, INNER), f"blk.{i}.attn_norm": (WIDTH,),
+                   f"blk.{i}.ffn_norm": (WIDTH,)}  # fmt: skip
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = generator.standard_normal(shape).astype(np.float32)
+        if name in skip:
+            continue
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", values)
+        else:
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("untied", [False, True])
+def test_types_and_row_order_equal_transformers_import(tmp_path, kind, untied):
+    path = write_tiny(tmp_path / "tiny.gguf", kind=gguf.GGMLQuantizationType[kind], untied=untied)
+    state = theirs(path).state_dict()
+    ours = load_model(path, dtype="float32")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
+    assert ours.config.tie_embeddings != untied
+    stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    default = load_model(path)
+    assert default.model.embed_tokens.weight.dtype == stored
+    half = load_model(path, dtype="bfloat16").state_dict()
+    assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in ours.state_dict().items())
+
+
+def test_row_order_mutant_is_caught(tmp_path, monkeypatch):
+    """Without the un-permutation, q differs: the test above does guard it."""
+    from minitune.checkpoint.gguf import QuantisedTensor
+
+    path = write_tiny(tmp_path / "tiny.gguf")
+    state = theirs(path).state_dict()
+    monkeypatch.setattr(QuantisedTensor, "_places", lambda self: None)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(load_model(path).state_dict()[name], state[name])
+
+
+def test_folder_with_one_gguf_is_that_file(tmp_path):
+    write_tiny(tmp_path / "a.gguf")
+    load_model(tmp_path)
+    write_tiny(tmp_path / "b.gguf")
+    with pytest.raises(CheckpointError, match="holds 2 GGUF files"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"architecture": "qwen2"}, "architecture 'qwen2' is not supported"),
+        ({"extra": {"llama.expert_count": 8}}, "llama.expert_count is not known"),
+        ({"extra": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count = 8 is not implemented"),
+        ({"skip": ("blk.1.ffn_up", "output_norm")}, "model.norm.weight is missing; model.layers.1.mlp.up_proj"),
+    ],
+)
+def test_other_models_are_refused(tmp_path, options, expected):
+    path = write_tiny(tmp_path / "tiny.gguf", **options)
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        load_model(path)
+    assert all(part in str(caught.value) for part in expected.split("; "))
+
+
+def damaged(path, change):
+    content = bytearray(path.read_bytes())
+    change(content)
+    path.write_bytes(content)
+    started = time.monotonic()
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        load_model(path)
+    assert time.monotonic() - started < 1
+    return str(caught.value)
+
+
+def test_wrong_magic_and_truncation(tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf")
+    whole = path.read_bytes()
+    assert "not a GGUF file" in damaged(path, lambda content: content.__setitem__(slice(0, 4), b"PK\3\4"))
+    for length in (0, 10, 23, 60, 500, 2000, len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole)
+        message = damaged(path, lambda content, length=length: content.__delitem__(slice(length, None)))
+        assert "truncated" in message or "not a GGUF" in message or "damaged" in message
+
+
+def test_absurd_counts_are_refused_within_a_second(tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf")
+    whole = path.read_bytes()
+    huge = (2**63 - 1).to_bytes(8, "little")
+    tokens = whole.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
+    blocks = whole.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    dims = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4
+    for place, value in ((8, huge), (16, huge), (tokens, huge), (dims, huge), (blocks, b"\xff\xff\xff\x7f"), (24, huge)):
+        path.write_bytes(whole)
+        damaged(path, lambda c, place=place, value=value: c.__setitem__(slice(place, place + len(value)), value))
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.integers(4, 3500), value=st.binary(min_size=1, max_size=8))
+def test_random_damage_never_escapes(tmp_path_factory, place, value):
+    """Any bytes anywhere in the header: a checkpoint error or a model of the same shape, never another error."""
+    folder = tmp_path_factory.getbasetemp()
+    if not (folder / "whole.gguf").exists():
+        write_tiny(folder / "whole.gguf")
+    content = bytearray((folder / "whole.gguf").read_bytes())
+    content[place : place + len(value)] = value
+    (folder / "changed.gguf").write_bytes(content)
+    started = time.monotonic()
+    try:
+        load_model(folder / "changed.gguf")
+    except (CheckpointError, ConfigError):
+        pass
+    assert time.monotonic() - started < 2
