@@ -22,8 +22,7 @@ Item = TypeVar("Item")
 
 def normalise(text: str) -> str:
     """Return the text without what readers don't see: Unicode NFKC, case folded, white space as one space."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(folded.split())
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def row_parts(record: Record) -> tuple[str, ...]:
