@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from minitune.cli import parse
-from minitune.errors import run_command
+from minitune.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
     from minitune.data.examples import Example
@@ -54,6 +54,11 @@ class PrepareConfig:
     json: str | None = None
     """Also write the report to this file."""
 
+    def __post_init__(self):
+        """Refuse a count without meaning; the other values are checked where they are used."""
+        if self.rows < 0:
+            raise ConfigError(f"rows is {self.rows}; it must be 0 or more")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Inspect the files and print the report; return 1 when training would refuse them, else 0."""
@@ -83,13 +88,13 @@ def main(argv: list[str] | None = None) -> int:
         seed=config.seed,
     )
     sys.stdout.reconfigure(errors="backslashreplace")
-    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for example in examples[: config.rows]:
         print(f"{example.origin}: {len(example.ids)} tokens, {sum(example.targets)} targets")
         print(painted(example, tokenizer, coloured) + "\n")
     print("\n".join(report_lines(report, config)))
     if config.json:
-        Path(config.json).write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        Path(config.json).write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
     return 1 if report.problems else 0
 
 

@@ -106,6 +106,7 @@ def run(*arguments, **environment):
         (["--max_length", "1"], "max_length 1: must be at least 2"),
         (["--weights", "[1, 2]"], "2 weights for 1 files"),
         (["--weights", "[0]"], "weight 0.0 of data source 1: must be a number above 0"),
+        (["--rows", "-1"], "rows is -1; it must be 0 or more"),
         (["--batch_size", "0"], "batch_size 0: must be at least 1"),
         (["--columns", '{"promt": "q"}'], "columns: unknown field 'promt'; did you mean 'prompt'?"),
     ],

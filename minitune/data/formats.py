@@ -175,9 +175,10 @@ def _string(fields: dict[str, Any], name: str, origin: str, *, optional: bool = 
 
 
 def _turns(value: Any, field: str, origin: str) -> list[dict[str, str]]:
-    """Return the turns of a chat as role/content messages."""
+    """Return the turns of a chat as role/content messages; `value` is None where the field is missing."""
     if not isinstance(value, list) or not value:
-        raise RowError(origin, f"the field '{field}' is not a list of turns", 'write [{"role": ..., "content": ...}]')
+        state = "missing" if value is None else "not a list of turns"
+        raise RowError(origin, f"the field '{field}' is {state}", 'write [{"role": ..., "content": ...}]')
     return [_turn(turn, f"{origin} (turn {number})") for number, turn in enumerate(value, 1)]
 
 
@@ -217,10 +218,8 @@ def _chat(turns: list[dict[str, str]], system: str, origin: str) -> tuple[dict[s
 
 
 def _parse_messages(fields: dict[str, Any], origin: str, field: str = "messages") -> Record:
-    if field not in fields:
-        raise RowError(origin, f"the field '{field}' is missing{nearest(field, fields)}", "add it or remove the row")
     system = _string(fields, "system", origin, optional=True)
-    return Record(origin, "", messages=_chat(_turns(fields[field], field, origin), system, origin))
+    return Record(origin, "", messages=_chat(_turns(fields.get(field), field, origin), system, origin))
 
 
 def _parse_sharegpt(fields: dict[str, Any], origin: str) -> Record:

@@ -64,7 +64,7 @@ def split_by_hash(
 
 def _part(key: str, fractions: dict[str, float], seed: int) -> str:
     """Return the name of the part that the key's hash falls into."""
-    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(errors="surrogatepass"), digest_size=8).digest()
     point = int.from_bytes(digest, "big") / 2**64
     for name, fraction in fractions.items():  # noqa: B007
         point -= fraction

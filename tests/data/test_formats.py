@@ -183,6 +183,11 @@ def test_every_bad_row_is_counted_and_the_first_named(read, tmp_path):
     assert "rows.jsonl:3: unknown field 'txt'; did you mean 'text'?" in str(found[2])
 
 
+def test_a_row_of_another_format_than_the_first(read):
+    with pytest.raises(DataError, match="rows.jsonl:2: the field 'messages' is missing"):
+        read({"messages": CHAT}, {"conversations": CHAT})
+
+
 def test_a_file_without_rows(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n")
     (tmp_path / "a.json").write_text("[]")
