@@ -1,0 +1,54 @@
+# minitune. `make help` lists the targets; each sets up what it needs in .venv and can be interrupted and run again.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --progress-bar on
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-real check size bench lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+train: $(VENV)/.train  ## fine-tune SmolLM2 on Rotten Tomatoes with LoRA and compare it with the base model
+	$(RUN) -m minitune.demo
+
+test: $(VENV)/.test  ## run the tests (under 15 minutes on 2 cores)
+	$(RUN) -m pytest
+
+test-real: $(VENV)/.test  ## run the slow tests, on real weights
+	$(RUN) -m pytest -m real
+
+check: $(VENV)/.test  ## lint, format, layers, size
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) -m pytest tests/test_layers.py
+	$(RUN) -m tests.sizes
+
+size: $(VENV)/.train  ## print lines of code by part
+	$(RUN) -m tests.sizes
+
+bench: $(VENV)/.test  ## measure speed and memory beside the peers; results in bench/results
+	$(RUN) -m bench
+
+lock:  ## pin the newest versions of all dependencies again
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) uv
+	sh bench/lock.sh $(VENV)/bin/uv
+
+clean:  ## remove the environment and caches; runs/ and weights/ stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.train: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: minitune needs Python 3.10 or newer; name one with PYTHON=python3.12 make ..."; exit 2; }
+	@echo "setting up $(VENV) (once; a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -r requirements.lock
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.train requirements-test.lock
+	@echo "adding the test dependencies to $(VENV) (once)"
+	@$(PIP) -r requirements-test.lock
+	@touch $@

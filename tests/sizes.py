@@ -1,0 +1,67 @@
+"""Lines of code by part, without blank lines, comments and docstrings; fails over the limits of the design."""
+
+import ast
+import io
+import sys
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = ("ops", "model", "losses", "text", "checkpoint", "training", "decoding.py", "sampling.py")
+CORE_LIMIT, LIBRARY_LIMIT, FILE_LIMIT, FUNCTION_LIMIT = 4000, 8000, 300, 50
+_LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
+def code_lines(path: Path) -> set[int]:
+    """Return the numbers of the lines of a file that hold code."""
+    source = path.read_text(encoding="utf-8")
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in _LAYOUT:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):  # docstrings, those of fields included
+        for child in getattr(node, "body", []) if isinstance(getattr(node, "body", []), list) else []:
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant) and isinstance(child.value.value, str):
+                lines -= set(range(child.lineno, child.end_lineno + 1))
+    return lines
+
+
+def long_functions(path: Path) -> list[str]:
+    """Return the functions of a file that have more code lines than allowed."""
+    lines, found = code_lines(path), []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            count = len(lines & set(range(node.lineno, node.end_lineno + 1)))
+            if count > FUNCTION_LIMIT:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {count} lines")
+    return found
+
+
+def sources() -> list[Path]:
+    """Return the library's files, kernels included."""
+    return sorted([*(ROOT / "minitune").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def main() -> int:
+    """Print the table; return 1 when a limit is passed."""
+    totals: dict[str, int] = {}
+    problems = []
+    for path in sources():
+        part = path.relative_to(ROOT).parts[1] if path.parent != ROOT / "kernels" else "kernels"
+        count = len(code_lines(path))
+        totals[part] = totals.get(part, 0) + count
+        if count > FILE_LIMIT:
+            problems.append(f"{path.relative_to(ROOT)}: {count} lines (at most {FILE_LIMIT})")
+        problems += long_functions(path)
+    core, library = sum(totals.get(part, 0) for part in CORE), sum(totals.values())
+    for part, count in sorted(totals.items(), key=lambda item: -item[1]):
+        print(f"{count:6,}  {part}{'  (core)' if part in CORE else ''}")
+    print(f"{core:6,}  core, limit {CORE_LIMIT:,}\n{library:6,}  library with kernels, limit {LIBRARY_LIMIT:,}")
+    problems += [f"core: {core} lines"] * (core > CORE_LIMIT) + [f"library: {library} lines"] * (library > LIBRARY_LIMIT)
+    for problem in problems:
+        print(f"too long: {problem}", file=sys.stderr)
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
