@@ -6,29 +6,17 @@ import sys
 import time
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minitune.prepare import main, painted
+from tests.data.conftest import save_byte_tokenizer
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 GOOD = [{"instruction": "Say hé.", "output": "hé!"}, {"instruction": "Add 1 and 2.", "output": "3"}]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Return a folder with a byte-level ChatML tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHATML}))
-    return str(folder)
+    return str(save_byte_tokenizer(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture
