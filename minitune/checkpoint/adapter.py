@@ -6,6 +6,7 @@ which is a pattern. A field of the config that would change the result and is no
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,20 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
     folder = Path(folder)
     fields = read_json(folder / CONFIG)
     _check_fields(fields, folder / CONFIG)
-    if not (folder / WEIGHTS).is_file():
-        for file in sorted(folder.iterdir()):
-            refuse_pickle(file)
-    tensors = read_header(folder / WEIGHTS)
-    targets = _check_fit(model, tensors, fields["r"], folder)
     try:
         config = LoRAConfig(
             rank=fields["r"],
             alpha=fields.get("lora_alpha", fields["r"]),
             dropout=fields.get("lora_dropout") or 0.0,
-            target_modules=targets,
             rslora=bool(fields.get("use_rslora")),
         )
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    if not (folder / WEIGHTS).is_file():
+        for file in sorted(folder.iterdir()):
+            refuse_pickle(file)
+    tensors = read_header(folder / WEIGHTS)
+    config = replace(config, target_modules=_check_fit(model, tensors, config.rank, folder))
     for path, lora in add_lora(model, config).items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"].read_into(lora.A)
         tensors[f"{_PREFIX}{path}.lora_B.weight"].read_into(lora.B)

@@ -7,7 +7,7 @@ happens. The next writer of the same target removes what a dead writer left and 
 folder. Writing in place with a backup was rejected: a reader can meet the half-written state.
 """
 
-import json
+import hashlib
 import os
 import re
 import secrets
@@ -22,13 +22,12 @@ _live: set[Path] = set()  # temporaries of this process; its pid may be that of 
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block ends without an error.
 
     Args:
         path: the folder to make; its parents are made too.
         overwrite: whether a folder already there, with content, is replaced as a whole.
-        marker: name of a file written after all others: JSON with each file's size in bytes, for `check_folder`.
 
     Raises:
         CheckpointError: something is there already and `overwrite` is False, or a file is in the way.
@@ -44,8 +43,6 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False, marker: str | No
     with _temporary(path) as temporary:
         temporary.mkdir()
         yield temporary
-        if marker:
-            _write_marker(temporary, marker)
         for folder, _, names in os.walk(temporary, topdown=False):
             for name in (*names, "."):
                 _sync(Path(folder, name))
@@ -66,21 +63,6 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
-def check_folder(folder: Path, marker: str) -> None:
-    """Raise CheckpointError where `folder` is not the whole of what its writer finished."""
-    try:
-        sizes = json.loads((folder / marker).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is incomplete: it has no {marker}, so its writer never finished") from None
-    except ValueError:
-        raise CheckpointError(f"{folder / marker} is damaged; use an earlier checkpoint") from None
-    for name, size in sizes.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
-            raise CheckpointError(f"{folder / name} {what}; the checkpoint is damaged, use an earlier one")
-
-
 def clean_leftovers(path: Path) -> None:
     """Remove what dead writers of `path` left beside it; put a displaced folder back where `path` is missing."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(tmp|old)-(\d+)-[0-9a-f]{{8}}")
@@ -92,6 +74,15 @@ def clean_leftovers(path: Path) -> None:
             os.rename(sibling, path)
         else:
             _remove(sibling)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -125,14 +116,6 @@ def _replace_folder(temporary: Path, path: Path) -> None:
     _sync(path.parent)
     if displaced is not None:
         _remove(displaced)
-
-
-def _write_marker(folder: Path, marker: str) -> None:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-    for file in files:
-        _sync(file)
-    (folder / marker).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

@@ -133,7 +133,10 @@ def _check_fit(config: ModelConfig, tensors: Mapping[str, Stored], path: Path) -
     """Raise CheckpointError listing every tensor that is missing, left over or of another shape."""
     if config.num_layers > len(tensors):  # before a model of that many layers is built
         raise CheckpointError(f"{path}: {config.num_layers:,} layers are claimed, but there are {len(tensors)} tensors")
-    expected = Transformer(config, device="meta", init=False).state_dict()
+    try:
+        expected = Transformer(config, device="meta", init=False).state_dict()
+    except (RuntimeError, TypeError) as error:  # torch's, for sizes that overflow
+        raise CheckpointError(f"{path}: the config's sizes are impossible ({str(error).splitlines()[0]})") from None
     unknown = [name for name in tensors if name not in expected and not name.endswith(_IGNORED)]
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is not part of this model" for name in unknown]

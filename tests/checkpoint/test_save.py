@@ -1,0 +1,88 @@
+"""Folders that we write, read by transformers; a full disk loses nothing."""
+
+import errno
+import json
+import os
+import stat
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from minitune.checkpoint import safetensors_io
+from minitune.checkpoint.huggingface import save_model
+from minitune.checkpoint.load import load_model, load_tokenizer
+from minitune.checkpoint.safetensors_io import read_tensors, write_tensors
+from minitune.errors import CheckpointError
+
+IDS = torch.arange(2 * 9).view(2, 9) * 13 % 256
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("limit", [10**9, 20_000, 1])
+def test_folder_goes_round_through_transformers(tiny_folder, tmp_path, tie, limit):
+    source = tiny_folder(tmp_path / "source", tie_word_embeddings=tie)
+    model = load_model(source)
+    save_model(model, load_tokenizer(source), tmp_path / "saved", max_shard_bytes=limit)
+    files = sorted((tmp_path / "saved").glob("*.safetensors"))
+    assert (len(files) == 1) == (limit == 10**9)
+    if limit == 20_000:
+        assert all(file.stat().st_size < 20_000 + 4_000 or len(read_tensors(file)) == 1 for file in files)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    original = AutoModelForCausalLM.from_pretrained(source)
+    assert torch.equal(theirs(IDS).logits, original(IDS).logits)
+    assert torch.equal(load_model(tmp_path / "saved")(IDS), model(IDS))
+    assert load_model(tmp_path / "saved").config == model.config
+
+
+def test_tokenizer_template_and_stop_ids_come_along(tiny_folder, tmp_path):
+    source = tiny_folder(tmp_path / "source")
+    (source / "generation_config.json").write_text('{"eos_token_id": [258, 256]}')
+    save_model(load_model(source), load_tokenizer(source), tmp_path / "saved", dtype=torch.bfloat16)
+    theirs, ours = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "saved")
+    messages = [{"role": "user", "content": "héllo <b>"}, {"role": "assistant", "content": "1 2"}]
+    expected = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
+    assert ours.apply_chat_template(messages, tokenize=True)["input_ids"] == expected
+    assert GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == [258, 256]
+    assert json.loads((tmp_path / "saved/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert load_model(tmp_path / "saved").model.norm.weight.dtype == torch.bfloat16
+
+
+def test_files_have_the_usual_permissions(tiny_folder, tmp_path):
+    save_model(load_model(tiny_folder(tmp_path / "m")), None, tmp_path / "saved")
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "saved").iterdir()}
+    assert len(modes) == 1
+
+
+def test_full_disk_keeps_the_earlier_folder(tiny_folder, tmp_path, monkeypatch):
+    model = load_model(tiny_folder(tmp_path / "m"))
+    save_model(model, None, tmp_path / "saved")
+    before = (tmp_path / "saved/model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="is not empty"):
+        save_model(model, None, tmp_path / "saved")
+
+    def full(tensors, path, metadata):
+        with open(path, "wb") as stream:
+            stream.write(b"half")
+        raise safetensors_io.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors_io, "save_file", full)
+    model.model.norm.weight.data.zero_()
+    with pytest.raises(OSError) as caught:
+        save_model(model, None, tmp_path / "saved", overwrite=True)
+    assert caught.value.errno == errno.ENOSPC
+    assert (tmp_path / "saved/model.safetensors").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["m", "saved"]
+
+
+def test_tensors_of_every_dtype_go_round(tmp_path):
+    tensors = {
+        str(dtype): (torch.arange(-6, 6).view(3, 4) * 1.5).to(dtype).t() for dtype in safetensors_io.DTYPES.values()
+    } | {"empty": torch.zeros(0, 3), "scalar": torch.tensor(1.5)}
+    write_tensors(tmp_path / "t.safetensors", tensors, {"step": "3"})
+    found = read_tensors(tmp_path / "t.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
