@@ -4,8 +4,9 @@ A plan is a pure function of the lengths, the seed and the epoch, so a resumed r
 puts several documents into one row of at most `max_length` tokens by best-fit decreasing: the longest first,
 each into the fullest row that still holds it, at most 11/9 of the best possible number of rows (Johnson 1974).
 Open rows are found by bisecting the sizes of the gaps there are, at most `max_length` of them, so 100,000
-examples of 5 to 1,004 tokens take 0.6 s in rows of 2,048 (a loaded core; tests/data/test_batching.py). Cutting documents at the row's end ("wrapped" packing) was rejected: it fills
-rows completely but trains on answers without their questions.
+examples of 5 to 1,004 tokens take 0.6 s in rows of 2,048 (one loaded core; tests/data/test_batching.py).
+Cutting documents at the row's end ("wrapped" packing) was rejected: it fills rows completely but trains on
+answers without their questions.
 """
 
 import hashlib
