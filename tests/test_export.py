@@ -1,0 +1,97 @@
+"""The export door: merged and converted folders, and what it refuses."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minitune.checkpoint.adapter import save_adapter
+from minitune.checkpoint.load import load_model
+from minitune.errors import CheckpointError, ConfigError, MinituneError
+from minitune.export import main
+from minitune.model.config import LoRAConfig
+from minitune.model.lora import add_lora
+
+IDS = torch.arange(2 * 9).view(2, 9) * 13 % 256
+
+
+@pytest.fixture
+def folders(tiny_folder, tmp_path):
+    """A base, an adapter that changes it, and the logits of both together."""
+    base = tiny_folder(tmp_path / "base")
+    model = load_model(base)
+    for lora in add_lora(model, LoRAConfig(rank=4)).values():
+        lora.B.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
+    save_adapter(model, tmp_path / "adapter", str(base))
+    with torch.no_grad():
+        return base, tmp_path / "adapter", model(IDS)
+
+
+@torch.no_grad()
+def test_merged_export_has_equal_logits_in_transformers(folders, tmp_path, capsys):
+    base, adapter, expected = folders
+    output = tmp_path / "out"
+    main(
+        ["--model", str(base), "--adapter", str(adapter), "--merge", "--output", str(output), "--max_shard_gb", "2e-5"]
+    )
+    printed = capsys.readouterr().out
+    assert "merged 14 layers into float32: 100.00% of the update survived" in printed and str(output) in printed
+    assert len(list(output.glob("*.safetensors"))) > 1
+    logits = AutoModelForCausalLM.from_pretrained(output)(IDS).logits
+    assert (logits - expected).norm() / expected.norm() < 1e-5
+    assert AutoTokenizer.from_pretrained(output).encode("hé") == AutoTokenizer.from_pretrained(base).encode("hé")
+
+
+def test_conversion_without_adapter_and_without_tokenizer(tiny_folder, tmp_path, capsys):
+    base = tiny_folder(tmp_path / "base", tokenizer=False)
+    main(["--model", str(base), "--output", str(tmp_path / "out"), "--dtype", "bfloat16"])
+    assert "has no tokenizer" in capsys.readouterr().out
+    assert load_model(tmp_path / "out").model.norm.weight.dtype == torch.bfloat16
+
+
+def test_overwriting_is_explicit_and_spares_other_folders(folders, tmp_path):
+    base, _, _ = folders
+    export = ["--model", str(base), "--output", str(tmp_path / "out")]
+    main(export)
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        main(export)
+    main([*export, "--overwrite"])
+    (tmp_path / "out/thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="thesis.tex"):
+        main([*export, "--overwrite"])
+    assert (tmp_path / "out/thesis.tex").exists()
+    with pytest.raises(CheckpointError, match="not only an exported model"):
+        main(["--model", str(base), "--output", str(tmp_path), "--overwrite"])
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--merge"], "merge needs an adapter"),
+        (["--adapter", "x"], "add --merge"),
+        (["--dtype", "int4"], "dtype"),
+        (["--max_shard_gb", "0"], "max_shard_gb is 0"),
+        (["--adaptor", "x"], "did you mean 'adapter'"),
+    ],
+)
+def test_combinations_without_meaning_are_refused(tmp_path, options, expected):
+    with pytest.raises(ConfigError, match=expected):
+        main(["--model", "m", "--output", str(tmp_path / "out"), *options])
+
+
+def test_missing_model_or_adapter_writes_nothing(folders, tmp_path):
+    base, adapter, _ = folders
+    for arguments in (["--model", "absent"], ["--model", str(base), "--adapter", str(base), "--merge"]):
+        with pytest.raises(MinituneError):
+            main([*arguments, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys\nfrom minitune import export\ntry: export.main(['--help'])\nfinally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("False\n") and "--merge" in done.stdout
