@@ -136,7 +136,7 @@ def _accumulate(job: Job, batch: Batch) -> None:
     progress = job.progress
     batch = to_device(batch, job.model.head_weight.device)
     loss_sum, weight, metrics = job.objective(job.model, batch)
-    value = float(loss_sum)
+    value = float(loss_sum.detach())
     if not math.isfinite(value):
         where = watch.bad_weight(job.model) or watch.bad_activation(job.model, batch) or "the loss alone"
         raise _not_finite(job, f"the loss is {value}", where)

@@ -76,9 +76,11 @@ def base_fingerprint(model: nn.Module) -> str:
 def fingerprint(config: TrainConfig, files: list[dict[str, Any]], base: str, dtype: str) -> dict[str, Any]:
     """Return what must be equal for a run to go on: options that matter, data by sha256, the base model."""
     options = {name: value for name, value in _flat(dataclasses.asdict(config)).items() if name not in NEUTRAL}
-    rows = {f"data {file['path']}": [file["sha256"], file["weight"], file["format"]] for file in files}
-    # A file that moved is the same file: the paths serve error lines only, so entries are numbered.
-    data = {f"data file {i + 1}": [Path(path[5:]).name, *what] for i, (path, what) in enumerate(rows.items())}
+    # By content, not by path: a file that moved is the same file.
+    data = {
+        f"data file {number}": [file[key] for key in ("role", "sha256", "weight", "format", "columns")]
+        for number, file in enumerate(files, 1)
+    }
     return json.loads(json.dumps({**options, "dtype": dtype, **data, "base model": base}))
 
 
