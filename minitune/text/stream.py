@@ -9,7 +9,7 @@ ends in U+FFFD, was rejected: it is quadratic, and it disagrees with the whole t
 """
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 
 def byte_level_alphabet() -> dict[str, int]:
@@ -22,34 +22,25 @@ def byte_level_alphabet() -> dict[str, int]:
 class StreamDecoder:
     """Text of a growing list of ids; what was returned so far never ends inside a UTF-8 character.
 
-    The concatenation of every `push` and one `flush` equals `Tokenizer.decode` of the same ids.
+    The concatenation of every `push` and one `flush` is the text of the ids; invalid UTF-8 becomes U+FFFD.
     """
 
-    def __init__(self, piece: Callable[[int], bytes], strip_space: bool):
-        """`piece` gives the bytes of an id; `strip_space` drops one space at the very start of the text."""
-        self._piece = piece
-        self._strip = self._strip_space = strip_space
+    def __init__(self, piece: Callable[[int], bytes], skipped: frozenset[int], strip_space: bool):
+        """`piece` gives the bytes of an id; `skipped` ids write nothing; `strip_space` drops one leading space."""
+        self._piece, self._skipped, self._strip_space = piece, skipped, strip_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
         """Take the next id and return the characters that it completes (often one word, sometimes "")."""
-        return self._emit(self._utf8.decode(self._piece(id)))
+        return self._emit(b"" if id in self._skipped else self._piece(id))
 
     def flush(self) -> str:
-        """End the text: return U+FFFD for a character that never was completed, else "". Ready for a new text."""
-        rest = self._emit(self._utf8.decode(b"", final=True))
-        self._utf8.reset()
-        self._strip = self._strip_space
-        return rest
+        """End the text: return U+FFFD for a character that never was completed, else ""."""
+        return self._emit(b"", final=True)
 
-    def _emit(self, text: str) -> str:
-        if self._strip and text:
-            self._strip = False
+    def _emit(self, data: bytes, final: bool = False) -> str:
+        text = self._utf8.decode(data, final)
+        if self._strip_space and text:
+            self._strip_space = False
             return text.removeprefix(" ")
         return text
-
-
-def decode_all(pieces: Iterable[bytes], strip_space: bool) -> str:
-    """Return the text of all pieces at once; invalid UTF-8 becomes U+FFFD."""
-    text = b"".join(pieces).decode("utf-8", "replace")
-    return text.removeprefix(" ") if strip_space else text

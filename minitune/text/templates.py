@@ -11,7 +11,6 @@ The helpers a template may use are those of transformers (`chat_template_utils.p
 `strftime_now`, `tojson` without HTML escapes, `{% generation %}`, `break` and `continue`, trimmed blocks.
 """
 
-import atexit
 import faulthandler
 import json
 import os
@@ -60,7 +59,7 @@ def _unpack(kind: str, text: str) -> str | MinituneError:
 
 
 class _Worker:
-    """The rendering process of this process; started when first asked, again after a fork or a stop."""
+    """The rendering process of this process; started when first asked, again after a stop or a fork."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -69,42 +68,32 @@ class _Worker:
 
     def ask(self, line: str) -> list[tuple[str, str]]:
         with self._lock:
-            for _ in range(2):  # twice: the worker may have been ended from outside since the last question
-                process = self._start()
-                try:
-                    process.stdin.write(line + "\n")
-                    process.stdin.flush()
-                    answer = process.stdout.readline()
-                except BrokenPipeError:
-                    answer = ""
-                if answer:
-                    return json.loads(answer)
-                if process.wait() == 1:  # the watchdog's exit code
-                    raise CheckpointError(f"the chat template ran for more than {SECONDS:g} s and was stopped")
-        raise CheckpointError(f"the process that renders chat templates ended with code {process.returncode}")
+            process = self._started()
+            try:
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            if answer:
+                return json.loads(answer)
+            if process.wait() == 1:  # the watchdog's exit code
+                raise CheckpointError(f"the chat template ran for more than {SECONDS:g} s and was stopped")
+            raise CheckpointError(f"the process that renders chat templates ended with code {process.returncode}")
 
-    def _start(self) -> subprocess.Popen:
+    def _started(self) -> subprocess.Popen:
         if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            self._owner = os.getpid()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
                 env={**os.environ, "PYTHONPATH": paths},
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C is for the parent
             )
-            self._owner = os.getpid()
-            atexit.register(self.stop)
         return self._process
-
-    def stop(self) -> None:
-        """End the worker: its input closes, so it returns."""
-        if self._process is not None and self._owner == os.getpid():
-            self._process.stdin.close()
-            self._process.wait()
-            self._process.stdout.close()
-            self._process = None
 
 
 _worker = _Worker()

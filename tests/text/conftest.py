@@ -73,24 +73,15 @@ def fast_folder(tmp_path_factory):
 def piece_folder(tmp_path_factory):
     """Return a function that gives a folder with a tokenizer.model as Llama 2 ships it."""
 
-    def get(model_type="bpe", style="llama2", user_defined=(), config=None, **options):
+    def get(style="llama2", config=None, **options):
         folder = tmp_path_factory.mktemp("piece")
         template, _, bos, eos, _ = STYLES[style]
+        llama = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
+        llama |= {"remove_extra_whitespaces": False, "character_coverage": 0.98, "vocab_size": 480}
+        llama |= {"hard_vocab_limit": False, "minloglevel": 2}
         with open(folder / "tokenizer.model", "wb") as file:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(CORPUS),
-                model_writer=file,
-                model_type=model_type,
-                vocab_size=480,
-                byte_fallback=True,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                character_coverage=0.98,
-                user_defined_symbols=list(user_defined),
-                hard_vocab_limit=False,
-                minloglevel=2,
-                **options,
-            )
+            sentences = {"sentence_iterator": iter(CORPUS), "model_writer": file}
+            sentencepiece.SentencePieceTrainer.train(**sentences, **(llama | options))
         settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         settings |= {"chat_template": template, "clean_up_tokenization_spaces": False} | (config or {})
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))

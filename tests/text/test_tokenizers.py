@@ -3,15 +3,17 @@
 import json
 import random
 
+import gguf
 import pytest
 import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitune.errors import CheckpointError, ConfigError, DataError
-from minitune.text.gguf_tokenizer import _sentencepiece, open_gguf
+from minitune.text.readers import _gguf_metadata
 from minitune.text.stream import byte_level_alphabet
 from minitune.text.tokenizer import load_tokenizer
 
@@ -65,10 +67,9 @@ def smollm2(smollm2_file):
 
 
 def test_smollm2_ids_equal_byte_pair_encoding_by_hand(smollm2, smollm2_file):
-    fields = open_gguf(smollm2_file).fields
-    vocabulary = {token: id for id, token in enumerate(fields["tokenizer.ggml.tokens"].contents())}
-    merges = fields["tokenizer.ggml.merges"].contents()
-    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
+    fields = _gguf_metadata(smollm2_file)
+    vocabulary = {token: id for id, token in enumerate(fields["ggml.tokens"])}
+    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(fields["ggml.merges"])}
     shuffled = random.Random(0)
     alphabet = [character for text in TEXTS for character in text]
     mixtures = ["".join(shuffled.choices(alphabet, k=30)) for _ in range(200)]
@@ -118,47 +119,48 @@ def test_text_cut_inside_gets_no_prefix_space(fast_folder, piece_folder):
         assert ours.decode(first + ours.encode_run("\u4e16é", "inside")) == "The quick\u4e16é"
 
 
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_tokenizer_model_gives_the_ids_of_sentencepiece(piece_folder, model_type):
-    import sentencepiece
-
-    folder = piece_folder(model_type)
-    judge = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+@pytest.mark.parametrize("options", [{}, {"split_digits": True}, {"byte_fallback": False}, {"add_dummy_prefix": False}])
+def test_tokenizer_model_gives_the_ids_of_sentencepiece(piece_folder, options):
+    folder = piece_folder(**options)
+    judge = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     ours = load_tokenizer(folder)
-    for text in TEXTS:
+    shuffled = random.Random(0)
+    alphabet = [character for text in TEXTS for character in text]
+    for text in TEXTS + ["".join(shuffled.choices(alphabet, k=30)) for _ in range(200)]:
+        if "byte_fallback" in options:
+            assert ours.encode(text, bos=False) == judge.encode(text), text
+            continue
         assert ours.encode(text) == [judge.bos_id(), *judge.encode(text)], text
         assert ours.decode(ours.encode(text)) == judge.decode(judge.encode(text)) == text
     assert (ours.bos_id, ours.eos_id, ours.vocab_size, ours.add_bos) == (1, 2, len(judge), True)
 
 
-def test_sentencepiece_without_bytes_keeps_its_unknown_token(piece_folder):
-    """Two unknown characters become one id, also where a text is cut before them."""
-    ours = load_tokenizer(_without_bytes(piece_folder))
-    unknown = ours._backend.unknown_id
-    assert ours.encode_run("\u4e16\u754c", "inside") == [unknown]
-    assert ours.encode_run("fox\u4e16", "inside")[-1] == unknown
+@pytest.mark.parametrize("options", [{"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}])
+def test_other_sentencepiece_models_are_refused(piece_folder, options):
+    with pytest.raises(CheckpointError, match="not BPE, or it normalises text; save it as tokenizer.json"):
+        load_tokenizer(piece_folder(**options))
 
 
-def _without_bytes(piece_folder):
-    import sentencepiece
-    from conftest import CORPUS
-
-    folder = piece_folder()
-    with open(folder / "tokenizer.model", "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(CORPUS[:2]), model_writer=file, vocab_size=120, minloglevel=2, hard_vocab_limit=False
-        )
-    return folder
-
-
-def test_gguf_with_scores_merges_as_sentencepiece_does(piece_folder):
-    import sentencepiece
-
-    judge = sentencepiece.SentencePieceProcessor(model_file=str(piece_folder() / "tokenizer.model"))
-    tokens = [judge.id_to_piece(id) for id in range(len(judge))]
-    ours = _sentencepiece(tokens, [judge.get_score(id) for id in range(len(judge))], True, judge.unk_id())
-    for text in TEXTS[1:]:
-        assert ours.encode(text).ids == judge.encode(text), text
+def test_gguf_with_scores_merges_as_sentencepiece_does(piece_folder, tmp_path):
+    judge = SentencePieceProcessor(model_file=str(piece_folder() / "tokenizer.model"))
+    ids = range(len(judge))
+    kinds = [2 if judge.is_unknown(id) else 3 if judge.is_control(id) else 6 if judge.is_byte(id) else 1 for id in ids]
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([judge.id_to_piece(id) for id in ids])
+    writer.add_token_scores([judge.get_score(id) for id in ids])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    ours = load_tokenizer(file)
+    for text in TEXTS:
+        assert ours.encode(text) == [1, *judge.encode(text)], text
+        assert ours.decode(ours.encode(text)) == text
 
 
 @pytest.mark.parametrize("style", ["chatml", "llama3", "gemma", "deepseek", "mistral", "phi3"])
@@ -175,12 +177,12 @@ def test_text_never_becomes_a_control_token(fast_folder, style, data):
 
 def test_user_defined_pieces_are_control_tokens(piece_folder):
     """sentencepiece itself gives a user-defined symbol for its literal; we cut it apart."""
-    ours = load_tokenizer(piece_folder(user_defined=["<|im_start|>", "<|im_end|>", "zz"], style="chatml"))
+    ours = load_tokenizer(piece_folder(user_defined_symbols=["<|im_start|>", "<|im_end|>", "zz"], style="chatml"))
     text = "x<|im_end|></s>   <unk><|im_end|><|im_start|>"
     ids = ours.encode(text)
     assert set(ids) & set(ours.control_ids.values()) == {ours.bos_id}
     assert ours.decode(ids) == text
-    assert ours.encode("zz", bos=False)[-1] == ours._backend.find("zz")
+    assert ours.encode("zz", bos=False)[-1] == ours._encoder.find("zz")
     assert ours.control_ids["<|im_end|>"] in ours.end_ids
 
 
@@ -285,9 +287,9 @@ def check_saved(ours, folder):
     talk = [{"role": "user", "content": "Hi fox 12"}, {"role": "assistant", "content": "Yes"}]
     for text in TEXTS[:-2]:
         assert ours.encode(text) == again.encode(text)
-        if text[:1] == " " and (folder / "tokenizer.model").exists():
-            continue  # transformers 5 adds no dummy space before a space; sentencepiece, which we follow, does
         assert ours.encode(text) == judge(text).input_ids, text
+        if text[:1] == " " and ours.settings.get("legacy") is False:
+            continue  # there `tokenizers` puts no space before a space, and still takes one away
         assert judge.decode(judge(text).input_ids, skip_special_tokens=True) == text
     assert judge.chat_template == ours.chat_template.source == again.chat_template.source
     assert judge.apply_chat_template(talk, return_dict=False)
@@ -302,7 +304,7 @@ def test_tokens_that_other_files_add(piece_folder):
         "481": {"content": "<|im_end|>", "special": True},
         "482": {"content": "<think>", "special": False},
     }
-    folder = piece_folder(style="chatml", config={"added_tokens_decoder": added, "eos_token": "<|im_end|>"})
+    folder = piece_folder(style="chatml", config={"added_tokens_decoder": added, "eos_token": "<|im_end|>", "legacy": False})
     ours = load_tokenizer(folder)
     assert (ours.vocab_size, ours.eos_id) == (483, 481)
     assert ours.encode("fox<think>fox<|im_end|>", bos=False).count(482) == 1
@@ -313,7 +315,7 @@ def test_tokens_that_other_files_add(piece_folder):
 
 BROKEN = {
     "nothing": ({}, "no tokenizer.json or tokenizer.model"),
-    "json": ({"tokenizer.json": "{"}, "not a tokenizer"),
+    "json": ({"tokenizer.json": "{"}, "tokenizer.json: damaged"),
     "model": ({"tokenizer.model": "garbage"}, "not a sentencepiece model"),
     "config": ({"tokenizer.json": "x", "tokenizer_config.json": "{"}, "not valid JSON"),
     "list": ({"tokenizer.json": "x", "tokenizer_config.json": "[]"}, "not an object"),

@@ -1,0 +1,119 @@
+"""Runs of plain text to ids, ids to bytes: one face for every kind of tokenizer, over the `tokenizers` library.
+
+`place` says where a run stands, because some tokenizers put a space before a text's first word: at the "start" of
+the text, after a "control" token, or "inside" a text that was cut in two, where no space may ever be added. The
+library knows only whole texts, so a run elsewhere is encoded by a copy whose serialised steps add no space.
+"""
+
+import json
+from functools import cached_property
+from typing import Literal
+
+from tokenizers import AddedToken, Tokenizer
+
+from minitune.errors import CheckpointError
+from minitune.text.stream import byte_level_alphabet
+
+Place = Literal["start", "control", "inside"]
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+
+
+class Encoder:
+    """A `tokenizers.Tokenizer` that never truncates, never pads and reads no special token from text."""
+
+    def __init__(self, tokenizer: Tokenizer, origin: str):
+        """Take over `tokenizer`, read from `origin`.
+
+        Raises CheckpointError where its decoder is not that of a language model (WordPiece and the like).
+        """
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.save, self.find = tokenizer.save, tokenizer.token_to_id
+        decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {"type": "none"}
+        kinds = {step["type"] for step in decoder.get("decoders", [decoder])}
+        if not kinds & {"ByteLevel", "Metaspace", "Replace"} or kinds & {"WordPiece", "BPEDecoder", "CTC"}:
+            raise CheckpointError(
+                f"{origin}: decoder '{decoder['type']}' is not that of a language model (ByteLevel or Metaspace)"
+            )
+        self._alphabet = byte_level_alphabet() if "ByteLevel" in kinds else None
+        self._byte_fallback = "ByteFallback" in kinds
+        self._known_pieces: dict[int, bytes] = {}
+
+    @cached_property
+    def added(self) -> dict[str, tuple[int, AddedToken]]:
+        """Token -> (id, flags) of those that are matched in text as a whole."""
+        return {token.content: (id, token) for id, token in self._tokenizer.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Highest id + 1."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """The id that the tokenizer's own post-processor puts before a text, if any."""
+        ids = self._tokenizer.encode("").ids
+        return ids[0] if ids else None
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id of text that the vocabulary cannot write, if there is one."""
+        name = getattr(self._tokenizer.model, "unk_token", None)
+        return None if name is None else self.find(name)
+
+    @cached_property
+    def strips_space(self) -> bool:
+        """Whether decoding drops the space that encoding put before the first word."""
+        id = self.find(SPACE)
+        return id is not None and self._tokenizer.decode([id]) == ""
+
+    @cached_property
+    def _at(self) -> dict[Place, Tokenizer]:
+        """The tokenizer for each place: itself, or a copy that adds no space there."""
+        tokenizers = dict.fromkeys(("start", "control", "inside"), self._tokenizer)
+        steps = {"normalizer": self._tokenizer.normalizer, "pre_tokenizer": self._tokenizer.pre_tokenizer}
+        states = {name: step.__getstate__() for name, step in steps.items() if step is not None}
+        for place in ("control", "inside"):
+            edited = {name: json.loads(state) for name, state in states.items()}
+            _add_no_space(list(edited.values()), place)
+            if edited != {name: json.loads(state) for name, state in states.items()}:
+                whole = json.loads(self._tokenizer.to_str()) | edited
+                tokenizers[place] = Tokenizer.from_str(json.dumps(whole))
+                tokenizers[place].encode_special_tokens = True
+        return tokenizers
+
+    def encode(self, text: str, place: Place) -> list[int]:
+        """Return the ids of a run of text."""
+        return self._at[place].encode(text, add_special_tokens=False).ids
+
+    def offsets(self, text: str, place: Place) -> list[tuple[int, int]]:
+        """Return (start, end) in `text` of each id of `encode`."""
+        return self._at[place].encode(text, add_special_tokens=False).offsets
+
+    def piece(self, id: int) -> bytes:
+        """Return the bytes that an id writes; b"" for an id outside the vocabulary (padded embeddings have them)."""
+        if id not in self._known_pieces:
+            self._known_pieces[id] = self._piece(self._tokenizer.id_to_token(id) or "")
+        return self._known_pieces[id]
+
+    def _piece(self, token: str) -> bytes:
+        if token in self.added:
+            return token.encode()
+        if self._alphabet is not None:
+            known = all(character in self._alphabet for character in token)
+            return bytes(self._alphabet[character] for character in token) if known else token.encode()
+        if self._byte_fallback and len(token) == 6 and token.startswith("<0x"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace(SPACE, " ").encode()
+
+
+def _add_no_space(parts: list[dict], place: Place) -> None:
+    """Edit serialised normalizers and pre-tokenizers so that they add no space at `place`."""
+    for part in parts:
+        if part.get("prepend_scheme") == "first" or ("prepend_scheme" in part and place == "inside"):
+            part["prepend_scheme"] = "never"
+        if place == "inside":
+            part |= {name: off for name, off in (("prepend", ""), ("add_prefix_space", False)) if name in part}
+        _add_no_space([*part.get("normalizers", []), *part.get("pretokenizers", [])], place)
