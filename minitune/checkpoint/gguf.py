@@ -22,7 +22,7 @@ CHUNK = 1 << 15  # elements dequantised at a time: stays in a core's cache, and 
 _MAX_FIELDS = 1 << 16
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# Metadata of a llama file -> field of config.json. None: has no part in the arithmetic, or is checked below.
+# Metadata of a llama file -> field of config.json; None for those that are checked below.
 _FIELDS = {
     "vocab_size": "vocab_size",
     "embedding_length": "hidden_size",
@@ -30,15 +30,15 @@ _FIELDS = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
     "context_length": "max_position_embeddings",
+    "attention.key_length": None,
     "attention.value_length": None,
     "rope.dimension_count": None,
     "rope.scaling.type": None,
 }
-_REQUIRED = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count")
+_HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 _IDS = {"bos_token_id": "bos_token_id", "padding_token_id": "pad_token_id"}
 _STOPS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -144,18 +144,11 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
     """
     metadata, tensors = _read(path)
     fields = _config_fields(path, metadata, tensors)
-    heads = {"attn_q": fields["num_attention_heads"], "attn_k": fields["num_key_value_heads"]}
-    renamed = {}
-    for name, tensor in tensors.items():
-        part = name.split(".")[-2] if "." in name else ""
-        if part in heads:
-            if not tensor.shape or tensor.shape[0] % (2 * heads[part]):
-                raise CheckpointError(
-                    f"{path}: {name}: the rows of {list(tensor.shape)} do not divide into {heads[part]} heads"
-                )
-            tensor = replace(tensor, heads=heads[part])
-        renamed[_hf_name(name)] = tensor
-    return fields, renamed
+    heads = {"attn_q": fields.get("num_attention_heads"), "attn_k": fields.get("num_key_value_heads")}
+    return fields, {
+        _hf_name(name): replace(tensor, heads=heads.get(name.split(".")[-2] if "." in name else ""))
+        for name, tensor in tensors.items()
+    }
 
 
 def _value(field: gguf.ReaderField) -> Any:
@@ -188,36 +181,22 @@ def _config_fields(path: Path, metadata: dict[str, Any], tensors: dict[str, Quan
             f"it is refused rather than ignored"
         )
     fields = {theirs: values[name] for name, theirs in _FIELDS.items() if theirs and name in values}
-    missing = [name for name in _REQUIRED if _FIELDS[name] not in fields]
-    if missing:
-        raise CheckpointError(f"{path}: the field llama.{missing[0]} is missing")
-    counts = [fields[_FIELDS[name]] for name in _REQUIRED] + [fields.get("num_key_value_heads", 1)]
-    if not all(isinstance(count, int) and count > 0 for count in counts):
-        raise CheckpointError(f"{path}: the counts {counts} (heads, layers, widths) must be positive whole numbers")
-    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
-    head_dim = fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-    for name, wanted in (("rope.dimension_count", head_dim), ("attention.value_length", head_dim),
-                         ("rope.scaling.type", "none")):  # fmt: skip
-        if values.get(name, wanted) != wanted:
-            raise CheckpointError(f"{path}: llama.{name} = {values[name]!r} is not implemented (only {wanted!r} is)")
+    fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
     if "token_embd.weight" in tensors:
-        fields.setdefault("vocab_size", tensors["token_embd.weight"].shape[0])
+        fields.setdefault("vocab_size", next(iter(tensors["token_embd.weight"].shape), None))
+    widths = {name: values[name] for name in _HEAD_WIDTHS if name in values}
+    if len(set(widths.values())) > 1 or values.get("rope.scaling.type", "none") != "none":
+        raise CheckpointError(f"{path}: heads of several widths, or scaled rope, are not implemented: {widths}")
     return {
         "model_type": "llama",
         **fields,
+        "head_dim": next(iter(widths.values()), None),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         **{theirs: metadata.get(f"tokenizer.ggml.{ours}") for ours, theirs in _IDS.items()},
         "eos_token_id": [metadata[name] for name in _STOPS if name in metadata],
     }
-
-
-def _tensor(path: Path, tensor: gguf.ReaderTensor) -> QuantisedTensor:
-    shape = tuple(reversed(tensor.shape.tolist()))
-    if tensor.data_offset + tensor.n_bytes > path.stat().st_size:
-        raise CheckpointError(f"{path} is truncated: {tensor.name} ends beyond the file; fetch it again")
-    return QuantisedTensor(path, tensor.tensor_type, shape, tensor.data_offset)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
@@ -234,4 +213,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
         metadata = {name: _value(field) for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from None
-    return metadata, {tensor.name: _tensor(path, tensor) for tensor in reader.tensors}
+    return metadata, {
+        tensor.name: QuantisedTensor(path, tensor.tensor_type, tuple(tensor.shape.tolist()[::-1]), tensor.data_offset)
+        for tensor in reader.tensors
+    }

@@ -102,12 +102,10 @@ def _entry(name: str, table: dict, manifest: Path) -> Entry:
     needed = {"pypi": "requirement", "huggingface": "repository", "local": "path"}
     if entry.source not in needed:
         raise CheckpointError(f"{manifest}: entry {name}: source {entry.source!r} is none of {', '.join(needed)}")
+    names = [file.local for file in entry.files]
     field = needed[entry.source]
-    if not getattr(entry, field) or (entry.source != "local" and not entry.files):
-        raise CheckpointError(f"{manifest}: entry {name}: a source {entry.source!r} needs {field} and files")
-    locals_ = [file.local for file in entry.files]
-    if not re.fullmatch(r"\w[\w.-]*", name) or len(set(locals_)) < len(locals_) or {"", "..", "."} & set(locals_):
-        raise CheckpointError(f"{manifest}: entry {name}: file names must be plain and different, the entry's name too")
+    if not getattr(entry, field) or (field != "path" and not names) or len(set(names)) < len(names):
+        raise CheckpointError(f"{manifest}: entry {name}: it needs {field}, and files of different names")
     place = Path(os.path.abspath(manifest.parent / Path(entry.path).expanduser())) if entry.path else ""
     return Entry(**{**vars(entry), "path": str(place)})
 

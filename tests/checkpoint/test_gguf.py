@@ -117,7 +117,9 @@ def test_folder_with_one_gguf_is_that_file(tmp_path):
     [
         ({"architecture": "qwen2"}, "architecture 'qwen2' is not supported"),
         ({"extra": {"llama.expert_count": 8}}, "llama.expert_count is not known"),
-        ({"extra": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count = 8 is not implemented"),
+        ({"extra": {"llama.rope.dimension_count": 8}}, "[64, 64] instead of [32, 64]"),
+        ({"extra": {"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}}, "heads of several widths"),
+        ({"extra": {"llama.attention.key_length": 15}}, "head_dim 15 is odd"),
         ({"skip": ("blk.1.ffn_up", "output_norm")}, "model.norm.weight is missing; model.layers.1.mlp.up_proj"),
     ],
 )
