@@ -19,7 +19,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from minitune.errors import DataError, nearest
+from minitune.errors import ConfigError, DataError, nearest
 from minitune.text.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -76,6 +76,8 @@ def render_segments(
     """Return the rendered conversation cut at control tokens and at the answers' ends; see `render_chat`."""
     if tokenizer.chat_template is None:
         raise DataError("this model's tokenizer has no chat template; train it on prompt/completion or text rows")
+    if train_on not in ("all", "last"):
+        raise ConfigError(f"train_on is {train_on!r}; known: 'all', 'last'")
     _check(messages)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     cuts = [(len(messages), add_generation_prompt), *((i, True) for i in answers), *((i + 1, False) for i in answers)]

@@ -20,8 +20,8 @@ from minitune.errors import CheckpointError, nearest
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 SAMPLE = "The ①②, ﬁne  Ａ\u3000ｶﾞ caf\u00e9 cafe\u0301\t\n\nx=1;  don't 世界 🎉 "
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -40,7 +40,7 @@ def read_folder(folder: Path) -> tuple[Tokenizer, dict, list[int]]:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
             raise CheckpointError(f"{folder}/tokenizer.json: damaged ({error}); fetch it again") from error
-        return tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast", **settings}, ends
+        return tokenizer, settings, ends
     if (folder / "tokenizer.model").is_file():
         return _from_sentencepiece(folder / "tokenizer.model", settings), settings, ends
     raise CheckpointError(f"{folder}: no tokenizer.json or tokenizer.model; copy the model's files there")
@@ -101,7 +101,6 @@ def _from_sentencepiece(file: Path, settings: dict) -> Tokenizer:
         _put_before(tokenizer, settings["bos_token"])
     if tokenizer.encode(SAMPLE, add_special_tokens=False).ids != model.encode(SAMPLE):
         raise CheckpointError(f"{file}: not BPE, or it normalises text; save it as tokenizer.json with transformers")
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # it is saved as tokenizer.json
     return tokenizer
 
 
@@ -135,15 +134,13 @@ def _put_before(tokenizer: Tokenizer, bos: str) -> None:
 
 def _splits() -> dict[str, list]:
     """Return the splits into words by their GGUF name (llama.cpp, src/llama-vocab.cpp)."""
-
-    def words(digits: str) -> list:
-        split = pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated")
-        return [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-
-    gpt2 = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    digits = [pre_tokenizers.Digits(individual_digits=True), *gpt2]
-    named = {"gpt-2": gpt2, "llama-bpe": words("{1,3}"), "qwen2": words("")}
-    return named | dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), digits)
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return {
+        "gpt-2": [gpt2],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), gpt2],
+        "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"), byte_level],
+    }
 
 
 def read_gguf(path: Path) -> tuple[Tokenizer, dict, list[int]]:
@@ -176,8 +173,7 @@ def read_gguf(path: Path) -> tuple[Tokenizer, dict, list[int]]:
     if metadata.get("ggml.add_bos_token", kind == "llama" or split == "llama-bpe") and ids["bos"] is not None:
         _put_before(tokenizer, tokens[ids["bos"]])
     settings = {key: tokens[ids[name]] for name, key in names.items() if ids[name] is not None}
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    settings |= {"chat_template": metadata.get("chat_template")}
+    settings |= {"clean_up_tokenization_spaces": False, "chat_template": metadata.get("chat_template")}
     return tokenizer, settings, [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
 
 

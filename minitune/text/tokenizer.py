@@ -68,11 +68,11 @@ class Tokenizer:
         self._named_ends = [id for id in (ids.get("eos_token"), *end_ids) if id is not None]
         if not self._named_ends:
             raise CheckpointError("the tokenizer names no eos_token; add it to tokenizer_config.json")
-        self.bos_id: int | None = ids.get("bos_token", encoder.bos_id)
+        self.add_bos: bool = encoder.bos_id is not None
+        self.bos_id: int | None = encoder.bos_id if self.add_bos else ids.get("bos_token")
         self.eos_id: int = self._named_ends[0]
         pad_id = ids.get("pad_token")
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
-        self.add_bos: bool = encoder.bos_id is not None
         self.chat_template = ChatTemplate(settings["chat_template"]) if settings.get("chat_template") else None
 
     @cached_property
@@ -182,6 +182,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._encoder.save(str(folder / "tokenizer.json"))
-        settings = {name: value for name, value in self.settings.items() if value is not None}
+        code = ("auto_map", "tokenizer_class")  # tokenizer.json is complete: no class may rebuild parts of it
+        settings = {name: value for name, value in self.settings.items() if value is not None and name not in code}
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(content, encoding="utf-8")

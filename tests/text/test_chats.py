@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from minitune.errors import CheckpointError, DataError, MinituneError
+from minitune.errors import CheckpointError, ConfigError, DataError, MinituneError
 from minitune.text.chat import render_chat, render_segments
 from minitune.text.templates import ChatTemplate
 from minitune.text.tokenizer import load_tokenizer
@@ -72,8 +72,8 @@ def without_bos(ours, ids, style):
     return ids[1:] if style == "zephyr" else ids
 
 
-def test_ids_of_smollm2_equal_those_of_transformers(smollm2_file, tmp_path):
-    ours = load_tokenizer(smollm2_file)
+def test_ids_of_smollm2_equal_those_of_transformers(smollm2_path, tmp_path):
+    ours = load_tokenizer(smollm2_path)
     ours.save(tmp_path)
     judge = AutoTokenizer.from_pretrained(tmp_path)
     for talk in talks("chatml"):
@@ -319,6 +319,8 @@ def test_unfit_conversations_are_refused(fast_folder, talk, message):
 
 
 def test_other_refusals(fast_folder):
+    with pytest.raises(ConfigError, match="train_on is 'first'"):
+        render_chat(load_tokenizer(fast_folder("chatml")), TURNS, train_on="first")
     ours = load_tokenizer(fast_folder("gemma"))
     with pytest.raises(DataError, match="System role not supported"):
         render_chat(ours, SYSTEM + TURNS)

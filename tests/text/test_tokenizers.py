@@ -9,6 +9,7 @@ import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -62,12 +63,12 @@ def bpe_by_hand(text, vocabulary, ranks):
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_file):
-    return load_tokenizer(smollm2_file)
+def smollm2(smollm2_path):
+    return load_tokenizer(smollm2_path)
 
 
-def test_smollm2_ids_equal_byte_pair_encoding_by_hand(smollm2, smollm2_file):
-    fields = _gguf_metadata(smollm2_file)
+def test_smollm2_ids_equal_byte_pair_encoding_by_hand(smollm2, smollm2_path):
+    fields = _gguf_metadata(smollm2_path)
     vocabulary = {token: id for id, token in enumerate(fields["ggml.tokens"])}
     ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(fields["ggml.merges"])}
     shuffled = random.Random(0)
@@ -141,23 +142,62 @@ def test_other_sentencepiece_models_are_refused(piece_folder, options):
         load_tokenizer(piece_folder(**options))
 
 
+def write_gguf(file, model, tokens, kinds, **fields):
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "llama-bpe", "smollm"])
+def test_gguf_splits_as_the_models_own_tokenizers_do(fast_folder, tmp_path, split):
+    from transformers import CohereTokenizer, GPT2Tokenizer
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    trained = json.loads((fast_folder("chatml") / "tokenizer.json").read_text())["model"]
+    tokens = sorted(trained["vocab"], key=trained["vocab"].get)
+    merges = [" ".join(pair) for pair in trained["merges"]]
+    kinds = [3 if token.startswith("<|") and len(token) > 6 else 1 for token in tokens]
+    fields = {"token_merges": merges, "tokenizer_pre": split, "bos_token_id": 1, "eos_token_id": 2}
+    write_gguf(tmp_path / "model.gguf", "gpt2", tokens, kinds, **fields)
+    ours = load_tokenizer(tmp_path / "model.gguf")
+    pairs = [tuple(pair) for pair in trained["merges"]]
+    judge = GPT2Tokenizer(vocab=trained["vocab"], merges=pairs)._tokenizer
+    if split == "llama-bpe":
+        pattern = TikTokenConverter("").pattern
+        words = pre_tokenizers.Split(Regex(pattern), "isolated")
+        judge.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        judge.model = models.BPE(trained["vocab"], pairs, ignore_merges=True)
+    if split == "smollm":
+        judge.pre_tokenizer = CohereTokenizer(vocab=trained["vocab"], merges=pairs)._tokenizer.pre_tokenizer
+    assert ours.add_bos == (split == "llama-bpe")
+    for text in TEXTS[:-2]:
+        assert ours.encode(text, bos=False) == judge.encode(text, add_special_tokens=False).ids, text
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_gguf_of_an_unknown_split_is_refused(tmp_path):
+    write_gguf(tmp_path / "model.gguf", "gpt2", ["a"], [1], tokenizer_pre="smolm", token_merges=[])
+    with pytest.raises(CheckpointError, match="'smolm'; known: .*did you mean 'smollm'"):
+        load_tokenizer(tmp_path / "model.gguf")
+    write_gguf(tmp_path / "other.gguf", "t5", ["a"], [1])
+    with pytest.raises(CheckpointError, match="tokenizer.ggml.model 't5'"):
+        load_tokenizer(tmp_path / "other.gguf")
+
+
 def test_gguf_with_scores_merges_as_sentencepiece_does(piece_folder, tmp_path):
     judge = SentencePieceProcessor(model_file=str(piece_folder() / "tokenizer.model"))
     ids = range(len(judge))
     kinds = [2 if judge.is_unknown(id) else 3 if judge.is_control(id) else 6 if judge.is_byte(id) else 1 for id in ids]
-    file = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([judge.id_to_piece(id) for id in ids])
-    writer.add_token_scores([judge.get_score(id) for id in ids])
-    writer.add_token_types(kinds)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    ours = load_tokenizer(file)
+    fields = {"token_scores": [judge.get_score(id) for id in ids], "bos_token_id": 1, "eos_token_id": 2}
+    tokens = [judge.id_to_piece(id) for id in ids]
+    write_gguf(tmp_path / "model.gguf", "llama", tokens, kinds, unk_token_id=0, **fields)
+    ours = load_tokenizer(tmp_path / "model.gguf")
     for text in TEXTS:
         assert ours.encode(text) == [1, *judge.encode(text)], text
         assert ours.decode(ours.encode(text)) == text
@@ -276,6 +316,18 @@ def test_saved_sentencepiece_folder_is_read_by_transformers(piece_folder, tmp_pa
     check_saved(ours, tmp_path)
 
 
+def test_saved_folder_of_a_class_that_rebuilds_its_steps(fast_folder, tmp_path):
+    """transformers' LlamaTokenizer ignores the normalizer of tokenizer.json, and `auto_map` asks for remote code."""
+    folder = fast_folder("llama2", "prepend", True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "LlamaTokenizer", "auto_map": {"AutoTokenizer": ["code.Class", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    ours = load_tokenizer(tmp_path)
+    ours.save(tmp_path / "saved")
+    check_saved(ours, tmp_path / "saved")
+
+
 def test_saved_gguf_tokenizer_is_read_by_transformers(smollm2, tmp_path):
     smollm2.save(tmp_path)
     check_saved(smollm2, tmp_path)
@@ -304,8 +356,8 @@ def test_tokens_that_other_files_add(piece_folder):
         "481": {"content": "<|im_end|>", "special": True},
         "482": {"content": "<think>", "special": False},
     }
-    folder = piece_folder(style="chatml", config={"added_tokens_decoder": added, "eos_token": "<|im_end|>", "legacy": False})
-    ours = load_tokenizer(folder)
+    config = {"added_tokens_decoder": added, "eos_token": "<|im_end|>", "legacy": False}
+    ours = load_tokenizer(piece_folder(style="chatml", config=config))
     assert (ours.vocab_size, ours.eos_id) == (483, 481)
     assert ours.encode("fox<think>fox<|im_end|>", bos=False).count(482) == 1
     assert 481 not in ours.encode("fox<|im_end|>")
@@ -331,7 +383,7 @@ def test_damaged_folders_are_named(tmp_path, case):
         load_tokenizer(tmp_path)
 
 
-def test_other_refusals(fast_folder, tmp_path, smollm2_file):
+def test_other_refusals(fast_folder, tmp_path, smollm2_path):
     folder = fast_folder("chatml")
     with pytest.raises(CheckpointError, match="no such folder"):
         load_tokenizer(tmp_path / "absent")
@@ -346,7 +398,7 @@ def test_other_refusals(fast_folder, tmp_path, smollm2_file):
     with pytest.raises(CheckpointError, match="WordPiece"):
         load_tokenizer(tmp_path)
     cut = tmp_path / "cut.gguf"
-    with open(smollm2_file, "rb") as whole:
+    with open(smollm2_path, "rb") as whole:
         cut.write_bytes(whole.read(300_000))
     with pytest.raises(CheckpointError, match="not a complete GGUF"):
         load_tokenizer(cut)
