@@ -52,7 +52,8 @@ def _explain(error: BaseException) -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full while writing {error.filename or 'a file'}; free some space and run the command again"
-    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
+    exhausted = ("out of memory", "not enough memory", "can't allocate memory")  # CUDA, Windows, Linux
+    if isinstance(error, MemoryError) or any(text in str(error) for text in exhausted):
         return f"out of memory: {MEMORY_KNOBS}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
