@@ -58,9 +58,10 @@ def render_chat(
     targets: list[bool] = []
     place = "start"
     for segment in segments:
-        run = tokenizer.encode_run(segment.text, place) if not segment.control else tokenizer.encode(
-            segment.text, bos=False, control=True
-        )
+        if segment.control:
+            run = tokenizer.encode(segment.text, bos=False, control=True)
+        else:
+            run = tokenizer.encode_run(segment.text, place)
         ids += run
         targets += [segment.target] * len(run)
         place = "control" if segment.control else "inside"
@@ -86,16 +87,16 @@ def render_segments(
     if isinstance(full, Exception):
         raise full
     learned = [] if add_generation_prompt else answers if train_on == "all" else answers[-1:]
-    spans, at = [], 0
+    spans: list[tuple[int, int, bool]] = []
     for i, before, after in zip(answers, rest, rest[len(answers) :], strict=False):
         try:
-            span = _answer(tokenizer, full, before, after)
+            start, end = _answer(tokenizer, full, before, after, spans[-1][1] if spans else 0)
         except DataError as error:
             if i in learned:
                 raise DataError(f"message {i}: {error}") from error
             continue  # only context: it is written as the template writes it
-        spans.append((*span, i in learned))
-    segments = []
+        spans.append((start, end, i in learned))
+    segments, at = [], 0
     for start, end, target in spans:
         segments += [(full[at:start], False), (full[start:end], target)]
         at = end
@@ -147,8 +148,11 @@ def _any_of(literals: set[str]) -> str:
     return "|".join(re.escape(literal) for literal in sorted(literals)) or "(?!)"
 
 
-def _answer(tokenizer: Tokenizer, full: str, before: object, after: object) -> tuple[int, int]:
-    """Return (start, end) of an answer in `full`, its end-of-turn token included; DataError where there is none."""
+def _answer(tokenizer: Tokenizer, full: str, before: object, after: object, earliest: int) -> tuple[int, int]:
+    """Return (start, end) of an answer in `full`, its end-of-turn token included; DataError where there is none.
+
+    `earliest` is where the answer before it ended.
+    """
     for rendering in (before, after):
         if isinstance(rendering, Exception):
             raise DataError(str(rendering))
@@ -162,7 +166,7 @@ def _answer(tokenizer: Tokenizer, full: str, before: object, after: object) -> t
     if last < 0 or "".join(text for text, _ in parts[last + 1 :]).strip():
         raise DataError("the chat template writes no end-of-turn token after the answer; the model would never stop")
     end = len(before) + sum(len(text) for text, _ in parts[: last + 1])
-    if full[:end] != after[:end]:
+    if full[:end] != after[:end] or len(before) < earliest:
         raise DataError(
             "the chat template writes this answer differently once later turns follow (prefix property);"
             " train on the last answer only: train_on='last'"
@@ -173,5 +177,5 @@ def _answer(tokenizer: Tokenizer, full: str, before: object, after: object) -> t
 def _split(tokenizer: Tokenizer, text: str, marker: str) -> list[tuple[str, bool]]:
     """Cut a marked rendering at the template's control tokens and take the marks out: (text, is control)."""
     escaped = json.dumps(marker)[1:-1]  # as a template writes it with tojson(ensure_ascii=true)
-    parts = tokenizer.split_control(text)
-    return [(part.replace(marker, "").replace(escaped, ""), id is not None) for part, id in parts]
+    unmarked = ((part.replace(marker, "").replace(escaped, ""), id) for part, id in tokenizer.split_control(text))
+    return [(part, id is not None) for part, id in unmarked if part]

@@ -14,6 +14,7 @@ CORPUS = [
     "system user assistant model tool You are a helpful assistant. Yes, it is positive. No, negative.",
 ] * 20
 
+
 def write_fast(folder, style, *, scheme="byte", add_bos=False):
     """Train a tokenizer.json in the given style; `scheme`: byte, prepend (Llama 2), first or always (Metaspace)."""
     template, special, bos, eos, added = STYLES[style]

@@ -318,6 +318,17 @@ def test_unfit_conversations_are_refused(fast_folder, talk, message):
         render_chat(ours, talk)
 
 
+def test_a_template_that_forgets_turns_is_refused(fast_folder):
+    """Also where the forgotten turn reads like the one that stays, so that every prefix matches."""
+    ours = load_tokenizer(fast_folder("chatml"))
+    last = "{% set kept = messages[-2:] if messages[-1].role == 'assistant' else messages[-1:] %}"
+    ours.chat_template = ChatTemplate(last + CHATML.replace("in messages", "in kept").replace("messages[0]", "kept[0]"))
+    with pytest.raises(DataError, match="message 3: .*prefix property"):
+        render_chat(ours, TURNS[:2] * 2)
+    last_only = render_chat(ours, TURNS[:2])
+    assert target_texts(ours, last_only) == [TURNS[1]["content"] + "<|im_end|>"]
+
+
 def test_other_refusals(fast_folder):
     with pytest.raises(ConfigError, match="train_on is 'first'"):
         render_chat(load_tokenizer(fast_folder("chatml")), TURNS, train_on="first")
