@@ -9,6 +9,7 @@ same, so the command can be interrupted and repeated.
 """
 
 import csv
+import dataclasses
 import json
 import random
 import resource
@@ -75,8 +76,8 @@ class Review:
     label: str
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Do the steps that are not done yet and print the table; returns the exit code."""
+def main(argv: list[str] | None = None) -> None:
+    """Do the steps that are not done yet and print the table."""
     config = parse(DemoConfig, argv, prog="python -m minitune.demo", description=__doc__.split("\n")[0])
     from minitune.checkpoint.sources import fetch
     from minitune.training.state import file_sha256
@@ -94,24 +95,20 @@ def main(argv: list[str] | None = None) -> int:
     base = step(folder / "base.json", key, lambda: measured.base())
     key["training"] = json.loads(json.dumps(asdict(plan)))
     trained = step(folder / "training.json", key, lambda: run_training(plan, key, folder / "train.key.json"))
-    if trained.get("signal") is not None:
-        (folder / "training.json").unlink()
-        print("stopped and saved; the same command goes on from there", file=sys.stderr)
-        return 128 + trained["signal"]
     tuned = step(folder / "tuned.json", key, lambda: measured.tuned(Path(trained["result"])))
     finish(folder, config, plan, base, trained, tuned)
-    return 0
 
 
 def step(path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the result stored at `path` if it was made with the settings `key`, else do the work and store it.
 
-    Seconds and peak memory of the work (MB, this process so far) are added to the result.
+    A folder that the result names has to be there still. Seconds and peak memory (MB, this process so far) of
+    the work are added to the result.
     """
     from minitune.checkpoint.files import atomic_file
 
     stored = read_json(path)
-    if stored.get("key") == key:
+    if stored.get("key") == key and Path(stored["result"].get("result", ".")).is_dir():
         print(f"{path.stem}: done before, kept ({path})")
         return stored["result"]
     print(f"{path.stem}: begins")
@@ -191,8 +188,6 @@ def training_plan(config: DemoConfig, files: dict[str, Path]) -> TrainConfig:
 
 def run_training(plan: TrainConfig, key: dict[str, Any], marker: Path) -> dict[str, Any]:
     """Train, or go on with an interrupted training of the same settings, which `marker` tells."""
-    from dataclasses import replace
-
     from minitune.checkpoint.files import atomic_file
     from minitune.training.run import train
 
@@ -200,7 +195,10 @@ def run_training(plan: TrainConfig, key: dict[str, Any], marker: Path) -> dict[s
     same = read_json(marker) == key
     with atomic_file(marker) as place:
         place.write_text(json.dumps(key), encoding="utf-8")
-    result = train(replace(plan, resume=begun and same, overwrite=begun and not same))
+    result = train(dataclasses.replace(plan, resume=begun and same, overwrite=begun and not same))
+    if result.signal is not None:
+        print("stopped and saved; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + result.signal)
     return json.loads(json.dumps(asdict(result), default=str))
 
 

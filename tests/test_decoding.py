@@ -1,12 +1,14 @@
 """Decoding against transformers: greedy token for token, every filter's kept set; sampling against its distribution."""
 
+import os
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import logits_process as hf
 
 from minitune import sampling as ours
-from minitune.decoding import _AnswerStream, generate_ids
+from minitune.decoding import SHARED_PREFIX, _AnswerStream, encode_prompt, generate_ids, generate_texts
 from minitune.errors import ConfigError, DataError
 from minitune.model.config import ModelConfig
 from minitune.model.lora import LoRAConfig, add_lora
@@ -121,10 +123,10 @@ def test_filters_apply_in_the_order_of_transformers():
     scores = hf.TopKLogitsWarper(40)(None, hf.TemperatureLogitsWarper(1.7)(None, scores))
     scores = hf.MinPLogitsWarper(0.1)(None, hf.TopPLogitsWarper(0.8)(None, scores))
     # The draw at every quantile visits exactly the kept tokens.
-    drawn = [next_tokens(logits, sampling, None, torch.full((6,), u)) for u in torch.linspace(0, 0.99999, 4000)]
-    drawn = torch.stack(drawn, dim=1)
+    quantiles = torch.linspace(0, 0.99999, 4000)
     for row in range(6):
-        assert set(drawn[row].tolist()) == set(torch.isfinite(scores[row]).nonzero()[:, 0].tolist())
+        drawn = next_tokens(logits[row].expand(4000, -1), sampling, None, quantiles)
+        assert set(drawn.tolist()) == set(torch.isfinite(scores[row]).nonzero()[:, 0].tolist())
 
 
 def test_draws_follow_the_distribution():
@@ -248,3 +250,68 @@ def test_stop_strings_cut_exactly(pieces, stop, text, stopped):
             break
     shown += stream.finish()
     assert (shown, stream.text, stream.stopped) == (text, text, stopped)
+
+
+@pytest.fixture(scope="module")
+def real(smollm2_path):
+    """SmolLM2 in both libraries, and its tokenizer."""
+    from minitune import load_model, load_tokenizer
+
+    model, tokenizer = load_model(smollm2_path, dtype="float32"), load_tokenizer(smollm2_path)
+    fields = model.config.to_hf()
+    del fields["architectures"], fields["model_type"]
+    peer = LlamaForCausalLM(LlamaConfig(**fields)).eval()
+    weights = model.state_dict()
+    peer.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    return model, tokenizer, peer
+
+
+def test_real_model_equals_transformers_greedily(real):
+    model, tokenizer, peer = real
+    texts = ["What is the capital of France?", "Count from 1 to 5.", "Name a colour and say why you like it."]
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    assert len(os.path.commonprefix(prompts)) >= SHARED_PREFIX  # the system message is read once
+    expected = peer_greedy(peer, prompts, 10, tokenizer.end_ids)
+    assert generate_ids(model, prompts, max_new_tokens=10, end_ids=tokenizer.end_ids) == expected
+    assert "Paris" in tokenizer.decode(expected[0])
+
+
+def test_face_streams_what_it_returns(real):
+    import minitune
+
+    model, tokenizer, _ = real
+    heard = []
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = minitune.generate(model, tokenizer, messages, max_new_tokens=6, on_text=heard.append)
+    assert answer == "".join(heard)
+    stopped = minitune.generate(model, tokenizer, messages[0]["content"], max_new_tokens=6, stop=["l of"])
+    assert stopped == answer.split("l of")[0] != answer
+    sampled = minitune.generate(model, tokenizer, messages, max_new_tokens=3, temperature=3.0, seed=1)
+    assert sampled == minitune.generate(model, tokenizer, messages, max_new_tokens=3, temperature=3.0, seed=1)
+    assert not answer.startswith(sampled)
+
+
+def test_raw_text_is_continued_without_template(real):
+    model, tokenizer, peer = real
+    (expected,) = peer_greedy(peer, [tokenizer.encode("The capital of France is")], 4)
+    (answer,) = generate_texts(model, tokenizer, ["The capital of France is"], max_new_tokens=4, raw=True)
+    assert answer.text == tokenizer.decode(expected)
+    assert (answer.tokens, answer.finished) == (4, False)
+
+
+def test_bad_requests_are_named(real):
+    import minitune
+
+    model, tokenizer, _ = real
+    for options, line in [
+        ({"temprature": 1.0}, "no option 'temprature'; did you mean 'temperature'"),
+        ({"stop": ["x", ""]}, "a stop string is empty"),
+        ({"top_k": 5}, "top_k has no effect"),
+    ]:
+        with pytest.raises(ConfigError, match=line):
+            minitune.generate(model, tokenizer, "Hi", **options)
+    for prompt in ("", " \n", []):
+        with pytest.raises(DataError, match="the prompt is empty"):
+            minitune.generate(model, tokenizer, prompt)
+    with pytest.raises(ConfigError, match="raw continues plain text"):
+        minitune.generate(model, tokenizer, [{"role": "user", "content": "Hi"}], raw=True)

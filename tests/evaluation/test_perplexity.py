@@ -25,10 +25,10 @@ def twins():
     return model, peer
 
 
-IDS = torch.randint(0, 101, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+IDS = torch.randint(0, 101, (100,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-@pytest.mark.parametrize("window, stride", [(16, 16), (16, 5), (16, 1), (63, 40), (150 - 90, None)])
+@pytest.mark.parametrize("window, stride", [(16, 16), (16, 5), (63, 40), (60, None)])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_loss_equals_transformers_on_the_same_windows(twins, window, stride, batch_size):
     model, peer = twins

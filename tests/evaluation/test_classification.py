@@ -1,0 +1,60 @@
+"""Classification by generated answer: what counts as right, on a model whose answers are given."""
+
+import pytest
+
+from minitune.decoding import Answer
+from minitune.errors import DataError
+from minitune.evaluation import classification
+from minitune.evaluation.classification import LabelledPrompt, classify
+
+LABELS = ("positive", "negative")
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """Let the model answer what a list says, in the order of the prompts."""
+
+    def install(*answers: Answer):
+        asked = {}
+
+        def generate_texts(model, tokenizer, prompts, **options):
+            asked.update(options, prompts=prompts)
+            return list(answers)
+
+        monkeypatch.setattr(classification, "generate_texts", generate_texts)
+        return asked
+
+    return install
+
+
+def rows(*labels: str) -> list[LabelledPrompt]:
+    return [LabelledPrompt(f"review {i}", label, f"file:{i}") for i, label in enumerate(labels)]
+
+
+def test_only_an_answer_that_is_the_label_counts(answered):
+    asked = answered(
+        Answer(" positive\n", 3, True),  # white space around it is not looked at
+        Answer("Positive", 2, True),
+        Answer("positive.", 3, True),
+        Answer("positive", 16, False),  # cut off: more might have followed
+        Answer("", 0, True),
+        Answer("negative", 2, True),
+    )
+    found = classify(None, None, rows(*["positive"] * 6), LABELS, max_new_tokens=16, batch_size=2)
+    assert found.confusion == [[1, 1, 4], [0, 0, 0]]
+    assert found.accuracy == 1 / 6
+    assert found.format_compliance == pytest.approx(2 / 6)
+    assert dict(found.other_answers) == {"Positive": 1, "positive.": 1, "positive ...": 1, "": 1}
+    assert asked["prompts"] == [f"review {i}" for i in range(6)]
+    assert (asked["max_new_tokens"], asked["batch_size"], asked["raw"]) == (16, 2, False)
+    assert "sampling" not in asked  # greedy
+
+
+def test_labels_are_matched_without_white_space_around_them(answered):
+    answered(Answer("negative", 2, True))
+    assert classify(None, None, rows("negative"), ("positive ", " negative")).accuracy == 1.0
+
+
+def test_no_rows_is_an_error():
+    with pytest.raises(DataError, match="no rows to classify"):
+        classify(None, None, [], LABELS)
