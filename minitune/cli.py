@@ -46,13 +46,12 @@ def parse(
     if positional:
         _add_positional(parser, config_class, positional)
     try:
-        values = parser.parse_args(arguments)
-    except jsonargparse.ArgumentError as error:
+        fields = vars(parser.instantiate(parser.parse_args(arguments)))
+    except (jsonargparse.ArgumentError, ValueError) as error:
         given = [a for a in arguments if a.endswith((".yaml", ".yml"))]
         in_file = re.search("config|Group|is not", str(error)) and given
         place = f"{given[-1]}: " if in_file else ""
         raise ConfigError(place + _one_line(str(error), option_names(config_class))) from None
-    fields = vars(parser.instantiate(values))
     if positional and isinstance(fields[positional], list):
         fields[positional] = tuple(fields[positional])
     if positional and not fields[positional]:

@@ -44,10 +44,6 @@ class Source:
     columns: dict[str, str] | None = None
     """Other names of fields: {prompt: question, completion: answer} reads `question` as the prompt."""
 
-    def __post_init__(self):
-        """Refuse a weight without meaning."""
-        _positive(f"data: weight of {self.path}", self.weight)
-
 
 Sources = tuple[Source | str, ...] | Source | str | None
 
@@ -235,12 +231,24 @@ class TrainConfig:
         """Refuse values without meaning and options that the method ignores."""
         for name in ("max_length", "batch_size", "accumulation_steps", "epochs", "max_steps", "threads"):
             _positive(name, getattr(self, name))
+        for source in sources(self.data):
+            _positive(f"data: weight of {source.path}", source.weight)
+        for source in sources(self.validation):
+            good = source.weight is None
+            _require(good, f"validation: weight of {source.path}", source.weight, "left out: every row counts once")
         for method, name in METHOD_OPTIONS.items():
             given = getattr(self, name) not in (None, LoRAOptions())
             if given and self.method != method:
                 raise ConfigError(f"{name} is set but method is {self.method}, which ignores it; use --method {method}")
         if self.adapter is not None and self.method != "lora":
             raise ConfigError(f"adapter is set but method is {self.method}; export a merged model and train that")
+        own = dataclasses.replace(self.lora, plus_ratio=None)
+        if self.adapter is not None and own != LoRAOptions():
+            name = next(name for name, value in dataclasses.asdict(own).items() if value is not None)
+            raise ConfigError(f"lora.{name} is set but adapter {self.adapter} brings its own; leave out one of them")
+        for name in ("every_steps", "patience"):
+            if self.validation_fraction == 0 and getattr(self.evaluation, name) is not None:
+                raise ConfigError(f"evaluation.{name} is set but validation_fraction 0 leaves nothing to evaluate")
         if self.method == "pattern":
             _require(bool(self.pattern), "pattern", self.pattern, "a regular expression over parameter names")
         if self.epochs is not None and self.max_steps is not None:
