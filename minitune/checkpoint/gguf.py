@@ -99,16 +99,14 @@ class QuantisedTensor:
 
     def read_into(self, destination: torch.Tensor) -> None:
         """Dequantise in fp32 into `destination`, of the same shape and of any dtype and device."""
-        place = self._places()
         target = destination.detach()
-        array = target.numpy() if target.device.type == "cpu" and target.dtype == torch.float32 else None
+        place = self._places()
         for start, rows in self._chunks():
-            end = start + len(rows)
-            where = slice(start, end) if place is None else place[start:end]
-            if array is not None:
-                array[where] = rows
+            chunk, end = torch.from_numpy(rows), start + len(rows)
+            if place is None:
+                target[start:end] = chunk
             else:
-                target[where] = torch.from_numpy(rows).to(target.device, target.dtype)
+                target.index_copy_(0, place[start:end].to(target.device), chunk.to(target.device, target.dtype))
 
     def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows as fp32) a few rows at a time; a vector's elements are its rows."""
@@ -126,12 +124,12 @@ class QuantisedTensor:
                     raise CheckpointError(f"{self.file}: the type {self.kind.name} cannot be dequantised") from None
                 yield start, values if len(self.shape) > 1 else values[0]
 
-    def _places(self) -> np.ndarray | None:
+    def _places(self) -> torch.Tensor | None:
         """Return where each row of the file belongs, None where all stay in place."""
         if self.heads is None:
             return None
-        rows = np.arange(self.shape[0]).reshape(self.heads, 2, -1)  # (heads, half, i)
-        return rows.transpose(0, 2, 1).reshape(-1)  # row 2i + half of the file -> row i + half d/2
+        rows = torch.arange(self.shape[0]).view(self.heads, 2, -1)  # (heads, half, i)
+        return rows.transpose(1, 2).flatten()  # row 2i + half of the file -> row i + half d/2
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
