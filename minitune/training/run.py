@@ -28,6 +28,7 @@ from minitune import __version__
 from minitune.checkpoint.adapter import load_adapter, save_adapter
 from minitune.checkpoint.huggingface import save_model
 from minitune.checkpoint.load import load_model, load_tokenizer
+from minitune.device import choose_device, choose_dtype
 from minitune.errors import ConfigError
 from minitune.model.lora import add_lora
 from minitune.model.trainable import train_all, train_last_layers, train_matching, trainable_parameters
@@ -76,8 +77,8 @@ def train(config: TrainConfig) -> TrainResult:
     _check_folder(folder, config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = _device(config.device)
-    dtype = _dtype(config.dtype, device)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model)
     corpus = load_corpus(config, tokenizer)
     model = load_model(config.model, dtype=dtype, device=device)
@@ -150,26 +151,6 @@ def _check_folder(folder: Path, config: TrainConfig) -> None:
         raise ConfigError(f"{folder} already holds a run; use --resume, --overwrite or another --output")
     if foreign and not (folder / "config.yaml").exists():
         raise ConfigError(f"output {folder} is not empty and no run (it has {foreign[0]}); use another --output")
-
-
-def _device(name: str) -> torch.device:
-    """Return the device asked for; ConfigError when it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device is {name}, but torch finds no GPU here; use --device cpu")
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype asked for; auto is bfloat16 where there are instructions for it."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent in other torch versions
-    fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _resume(folder: Path, parameters: dict, optimizer: Optimizer, matters: dict, note) -> state.Progress:

@@ -22,7 +22,7 @@ from minitune.training.optimizer import Optimizer
 from tests.training.test_loop import examples
 
 pytest.importorskip("peft")
-STEPS, ACCUMULATION, WARMUP, RATE = 20, 2, 0.1, 2e-3
+STEPS, ACCUMULATION, WARMUP = 20, 2, 0.1
 
 
 def documents(step, micro):
@@ -32,11 +32,11 @@ def documents(step, micro):
     return [[a, b], [c], [d]]
 
 
-def ours(model, folder):
+def ours(model, folder, rate):
     """Train through the loop; returns the losses."""
     config = TrainConfig(
         data="x", max_steps=STEPS, accumulation_steps=ACCUMULATION, lora=LoRAOptions(rank=4),
-        optimizer=OptimizerConfig(learning_rate=RATE, weight_decay=0.01), schedule=ScheduleConfig(warmup=WARMUP),
+        optimizer=OptimizerConfig(learning_rate=rate, weight_decay=0.01), schedule=ScheduleConfig(warmup=WARMUP),
     ).resolved()  # fmt: skip
     parameters = trainable_parameters(model)
     batches = [collate(documents(step, micro), 0) for step in range(STEPS) for micro in range(ACCUMULATION)]
@@ -50,7 +50,7 @@ def ours(model, folder):
     return [line["loss"] for line in read_metrics(folder) if "loss" in line]
 
 
-def theirs(base, adapter):
+def theirs(base, adapter, rate):
     """Train in a plain loop, document by document; returns the losses and the adapter's tensors."""
     from peft import PeftModel, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
@@ -58,7 +58,7 @@ def theirs(base, adapter):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
     losses, warmup = [], math.ceil(WARMUP * STEPS)
     for step in range(STEPS):
         total, count = 0.0, 0
@@ -74,18 +74,18 @@ def theirs(base, adapter):
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         x = (step - warmup) / (STEPS - warmup)
         factor = (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * x)
-        optimizer.param_groups[0]["lr"] = RATE * factor
+        optimizer.param_groups[0]["lr"] = rate * factor
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total / count)
     return losses, get_peft_model_state_dict(model)
 
 
-def compare(model, base, tmp_path):
+def compare(model, base, tmp_path, rate):
     save_adapter(model, tmp_path / "start", str(base))
-    our_losses = ours(model, tmp_path)
+    our_losses = ours(model, tmp_path, rate)
     save_adapter(model, tmp_path / "end", str(base))
-    their_losses, their_tensors = theirs(base, tmp_path / "start")
+    their_losses, their_tensors = theirs(base, tmp_path / "start", rate)
     assert our_losses == pytest.approx(their_losses, abs=1e-5)
     our_tensors = read_tensors(tmp_path / "end" / "adapter_model.safetensors")
     start = read_tensors(tmp_path / "start" / "adapter_model.safetensors")
@@ -98,7 +98,7 @@ def compare(model, base, tmp_path):
 def test_twenty_steps_on_a_tiny_model(tiny_model, tmp_path):
     model = load_model(tiny_model, dtype=torch.float32)
     add_lora(model, LoRAConfig(rank=4, alpha=8.0), seed=3)
-    compare(model, tiny_model, tmp_path)
+    compare(model, tiny_model, tmp_path, rate=2e-3)
 
 
 def test_twenty_steps_from_an_adapter_that_peft_made(tiny_model, tmp_path):
@@ -115,7 +115,7 @@ def test_twenty_steps_from_an_adapter_that_peft_made(tiny_model, tmp_path):
     load_adapter(model, tmp_path / "given")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora." in name)
-    compare(model, tiny_model, tmp_path)
+    compare(model, tiny_model, tmp_path, rate=2e-3)
 
 
 @pytest.mark.real
@@ -123,4 +123,6 @@ def test_twenty_steps_on_smollm2(smollm2_path, tmp_path):
     model = load_model(smollm2_path, dtype=torch.float32)
     save_model(model, None, tmp_path / "base")
     add_lora(model, LoRAConfig(rank=4, alpha=8.0), seed=3)
-    compare(model, tmp_path / "base", tmp_path)
+    # Adam moves a number whose gradient is all rounding by up to the rate a step, in either direction: of two million
+    # numbers some are such, so the bar asks for a usual rate here.
+    compare(model, tmp_path / "base", tmp_path, rate=2e-4)
