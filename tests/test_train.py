@@ -147,6 +147,11 @@ def test_resume_needs_no_other_option_and_refuses_changed_ones(train, tmp_path, 
     refused(train("--resume", "--method", "full"), "lora is set but method is full")
 
 
+def test_validation_rows_that_are_training_rows_are_called_out(train, rows):
+    lines = train("--validation", str(rows))[1]
+    assert any(line.startswith("40 validation examples are training examples too") for line in lines)
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(train, tmp_path, monkeypatch):
     original = state.write_tensors
 
@@ -178,7 +183,7 @@ def test_a_rate_that_diverges_stops_with_advice(train):
     refused(outcome, "lower optimizer.learning_rate")
 
 
-def test_sigterm_ends_with_143_and_resume_finishes(model, rows, tmp_path):
+def test_sigterm_saves_and_ends_with_143(model, rows, tmp_path):
     command = [sys.executable, "-m", "minitune.train", "--model", str(model), "--data", str(rows), "--output",
                str(tmp_path / "run"), *SMALL, "--max_steps", "100000", "--checkpoint.every_steps", "100000",
                "--evaluation.every_steps", "100000"]  # fmt: skip

@@ -16,7 +16,7 @@ from minitune.data.formats import FormatName
 from minitune.errors import ConfigError
 from minitune.model.config import LoRAConfig
 
-METHOD_OPTIONS = {"lora": "lora", "last_layers": "last_layers", "pattern": "pattern"}
+METHOD_OPTIONS = ("lora", "last_layers", "pattern")  # each belongs to the method of that name
 LEARNING_RATES = {"lora": 5e-4, "full": 3e-5, "last_layers": 1e-4, "pattern": 1e-4}
 
 
@@ -26,9 +26,11 @@ def _require(good: bool, name: str, value: Any, wanted: str) -> None:
         raise ConfigError(f"{name} is {value}; it must be {wanted}")
 
 
-def _positive(name: str, value: float | None) -> None:
-    """Refuse zero, negative and non-finite values; None passes."""
-    _require(value is None or 0 < value < float("inf"), name, value, "above 0")
+def _positive(prefix: str, options: Any, *names: str) -> None:
+    """Refuse zero, negative and non-finite values of the named fields; None passes."""
+    for name in names:
+        value = getattr(options, name)
+        _require(value is None or 0 < value < float("inf"), prefix + name, value, "above 0")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,12 @@ class LoRAOptions:
     def adapter(self) -> LoRAConfig:
         """Return what the model needs to know, checked."""
         values = dataclasses.asdict(self.resolved())
-        _positive("lora.plus_ratio", values.pop("plus_ratio"))
+        del values["plus_ratio"]
         return LoRAConfig(**values)
+
+    def __post_init__(self):
+        """Refuse a ratio without meaning; the rest is checked by what it becomes."""
+        _positive("lora.", self, "plus_ratio")
 
 
 @dataclass(frozen=True)
@@ -95,9 +101,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         """Refuse values without meaning."""
-        _positive("optimizer.learning_rate", self.learning_rate)
-        _positive("optimizer.eps", self.eps)
-        _positive("optimizer.max_grad_norm", self.max_grad_norm)
+        _positive("optimizer.", self, "learning_rate", "eps", "max_grad_norm")
         _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _require(0 <= self.weight_decay < 1, "optimizer.weight_decay", self.weight_decay, "in [0, 1)")
 
@@ -143,9 +147,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         """Refuse counts without meaning."""
-        _positive("evaluation.every_steps", self.every_steps)
-        _positive("evaluation.patience", self.patience)
-        _positive("evaluation.sample_tokens", self.sample_tokens)
+        _positive("evaluation.", self, "every_steps", "patience", "sample_tokens")
         _require(self.samples >= 0, "evaluation.samples", self.samples, "0 or more")
 
 
@@ -160,8 +162,7 @@ class CheckpointConfig:
 
     def __post_init__(self):
         """Refuse counts without meaning."""
-        _positive("checkpoint.every_steps", self.every_steps)
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        _positive("checkpoint.", self, "every_steps", "keep")
 
 
 @dataclass(frozen=True)
@@ -229,17 +230,15 @@ class TrainConfig:
 
     def __post_init__(self):
         """Refuse values without meaning and options that the method ignores."""
-        for name in ("max_length", "batch_size", "accumulation_steps", "epochs", "max_steps", "threads"):
-            _positive(name, getattr(self, name))
+        _positive("", self, "max_length", "batch_size", "accumulation_steps", "epochs", "max_steps", "threads")
         for source in sources(self.data):
-            _positive(f"data: weight of {source.path}", source.weight)
+            _positive(f"data {source.path}: ", source, "weight")
         for source in sources(self.validation):
             good = source.weight is None
-            _require(good, f"validation: weight of {source.path}", source.weight, "left out: every row counts once")
-        for method, name in METHOD_OPTIONS.items():
-            given = getattr(self, name) not in (None, LoRAOptions())
-            if given and self.method != method:
-                raise ConfigError(f"{name} is set but method is {self.method}, which ignores it; use --method {method}")
+            _require(good, f"validation {source.path}: weight", source.weight, "left out: every row counts once")
+        for name in METHOD_OPTIONS:
+            if self.method != name and getattr(self, name) not in (None, LoRAOptions()):
+                raise ConfigError(f"{name} is set but method is {self.method}, which ignores it; use --method {name}")
         if self.adapter is not None and self.method != "lora":
             raise ConfigError(f"adapter is set but method is {self.method}; export a merged model and train that")
         own = dataclasses.replace(self.lora, plus_ratio=None)

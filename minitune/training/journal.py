@@ -47,7 +47,10 @@ class Journal:
     def step(self, line: dict[str, Any]) -> None:
         """Record an optimiser step."""
         self._write(line)
-        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['target_tokens_per_second']:.0f} target tokens/s")
+        self.bar.set_postfix_str(
+            f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, "
+            f"{line['target_tokens']:,} target tokens, {line['peak_rss_mb']:,.0f} MB"
+        )
         self.bar.update(1)
 
     def evaluation(self, line: dict[str, Any]) -> None:

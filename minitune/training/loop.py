@@ -12,6 +12,7 @@ objective; neither has a loop of its own.
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -68,8 +69,10 @@ class StopSignal:
     number: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        """Take over both signals."""
-        self.before = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        """Take over both signals; outside the main thread Python hears none, and none is taken."""
+        main = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGTERM, signal.SIGINT) if main else ()
+        self.before = {number: signal.signal(number, self._receive) for number in signals}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -143,6 +146,7 @@ def _accumulate(job: Job, batch: Batch) -> None:
     loss_sum.backward()
     progress.window_loss += value
     progress.window_weight += weight
+    progress.tokens += int((batch.positions > 0).sum()) + batch.document_count  # padding is at position 0
     for name, metric in metrics.items():
         progress.window_metrics[name] = progress.window_metrics.get(name, 0.0) + metric
     progress.micro += 1
@@ -174,6 +178,8 @@ def _record(job: Job, metrics: dict[str, float]) -> None:
     """Write a step's line; stop a run whose loss is worse than guessing for several steps after it was better."""
     progress = job.progress
     speed = {
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / progress.seconds,
         "target_tokens": progress.target_tokens,
         "target_tokens_per_second": progress.target_tokens / progress.seconds,
         "seconds": progress.seconds,

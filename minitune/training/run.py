@@ -15,6 +15,7 @@ import dataclasses
 import json
 import platform
 import shutil
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import nn
 
 from minitune import __version__
 from minitune.checkpoint.adapter import load_adapter, save_adapter
+from minitune.checkpoint.files import atomic_file
 from minitune.checkpoint.huggingface import save_model
 from minitune.checkpoint.load import load_model, load_tokenizer
 from minitune.device import choose_device, choose_dtype
@@ -88,17 +90,13 @@ def train(config: TrainConfig) -> TrainResult:
     parameters = choose_parameters(model, config)
     optimizer = Optimizer(parameters, config.optimizer, config.lora.plus_ratio or 1.0)
     matters = state.fingerprint(config, corpus.files, base, str(dtype))
-    progress, notes = state.Progress(), []
-    if config.resume:
-        progress = _resume(folder, parameters, optimizer, matters, notes.append)
-    _write_run_files(folder, config, corpus, _environment(model, dtype), notes.append)
+    progress = _resume(folder, parameters, optimizer, matters) if config.resume else state.Progress()
+    _write_run_files(folder, config, corpus, _environment(model, dtype))
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
     room = model.config.max_positions - config.evaluation.sample_tokens
     prompts = sample_prompts(corpus.validation, config.evaluation.samples, room)
     total = count_batches(corpus, config)
     with Journal(folder, -(-total // config.accumulation_steps), progress) as journal, StopSignal() as stop:
-        for note in notes:
-            journal.say(note)
         job = Job(
             config=config,
             model=model,
@@ -128,14 +126,11 @@ def choose_parameters(model: Transformer, config: TrainConfig) -> dict[str, nn.P
         return train_last_layers(model, config.last_layers)
     if config.method == "pattern":
         return train_matching(model, config.pattern)
-    model.requires_grad_(False)
-    if config.adapter is not None:
-        load_adapter(model, config.adapter)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".lora." in name)
+    if config.adapter is None:
+        add_lora(model, config.lora.adapter(), seed=config.seed)
         return trainable_parameters(model)
-    add_lora(model, config.lora.adapter(), seed=config.seed)
-    return trainable_parameters(model)
+    load_adapter(model, config.adapter)
+    return train_matching(model, r"\.lora\.")
 
 
 def _check_folder(folder: Path, config: TrainConfig) -> None:
@@ -153,38 +148,44 @@ def _check_folder(folder: Path, config: TrainConfig) -> None:
         raise ConfigError(f"output {folder} is not empty and no run (it has {foreign[0]}); use another --output")
 
 
-def _resume(folder: Path, parameters: dict, optimizer: Optimizer, matters: dict, note) -> state.Progress:
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _resume(folder: Path, parameters: dict, optimizer: Optimizer, matters: dict) -> state.Progress:
     """Restore the last sound checkpoint; a run killed before its first one begins again."""
-    found = state.latest_checkpoint(folder / "checkpoints", note)
+    found = state.latest_checkpoint(folder / "checkpoints", _note)
     if found is None:
-        note(f"{folder} has no complete checkpoint yet; beginning from step 0")
+        _note(f"{folder} has no complete checkpoint yet; beginning from step 0")
         return state.Progress()
     checkpoint, saved = found
     state.check_fingerprint(saved["fingerprint"], matters, checkpoint)
     state.restore(checkpoint, parameters, optimizer)
-    note(f"resumed from {checkpoint}")
+    _note(f"resumed from {checkpoint}")
     return state.Progress(**saved["progress"])
 
 
-def _write_run_files(folder: Path, config: TrainConfig, corpus: Corpus, environment: dict, note) -> None:
+def _write_run_files(folder: Path, config: TrainConfig, corpus: Corpus, environment: dict[str, Any]) -> None:
     """Write config, environment and data; clear an old run that is to be overwritten."""
     if config.resume:
         before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         for name in ("torch", "processor", "threads"):
             if before.get(name) != environment[name]:
-                note(
-                    f"{name} was {before.get(name)} and is now {environment[name]}: "
-                    "the run goes on, but not bit for bit as it would have"
-                )
+                change = f"{name} was {before.get(name)} and is now {environment[name]}"
+                _note(f"{change}: the run goes on, but not bit for bit as it would have")
         return
     for name in CONTENTS if config.overwrite else ():
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
-    (folder / "data.json").write_text(json.dumps(corpus.files, indent=1), encoding="utf-8")
     options = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(config, overwrite=False))))
-    (folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    texts = {
+        "environment.json": json.dumps(environment, indent=1),
+        "data.json": json.dumps(corpus.files, indent=1),
+        "config.yaml": yaml.safe_dump(options, sort_keys=False),  # last: with it, the folder is a run
+    }
+    for name, text in texts.items():
+        with atomic_file(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _environment(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
@@ -210,10 +211,14 @@ def _announce(job: Job, corpus: Corpus) -> None:
     trained = sum(p.numel() for p in job.parameters.values())
     everything = sum(p.numel() for p in job.model.parameters())
     rows = sum(len(examples) for examples, _ in corpus.training)
+    learned = {example.ids for examples, _ in corpus.training for example in examples}
+    leaked = sum(example.ids in learned for example in corpus.validation)
     job.journal.say(
         f"{job.config.method}: {trained:,} of {everything:,} parameters, {rows:,} training and "
         f"{len(corpus.validation):,} validation examples, {job.total_steps:,} steps"
     )
+    if leaked:
+        job.journal.say(f"{leaked} validation examples are training examples too: the loss on them proves nothing")
     if not corpus.validation:
         job.journal.say("no validation rows: over-fitting will not be seen")
 

@@ -48,6 +48,7 @@ class Progress:
     window_metrics: dict[str, float] = field(default_factory=dict)
     since_loss: float = 0.0
     since_weight: int = 0
+    tokens: int = 0
     target_tokens: int = 0
     seconds: float = 0.0
     high_losses: int = 0

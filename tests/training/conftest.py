@@ -14,7 +14,7 @@ from minitune.training.journal import read_metrics
 from minitune.training.run import train
 
 WORDS = "red green blue one two three cat dog bird sun moon sky".split()
-TIMES = ("seconds", "target_tokens_per_second", "peak_rss_mb")
+TIMES = ("seconds", "tokens_per_second", "target_tokens_per_second", "peak_rss_mb")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -38,7 +38,7 @@ BAD = {
     "threads": ["--threads", "0"],
     "validation_fraction": ["--validation_fraction", "1"],
     "device": ["--device", "tpu"],
-    "data: weight": ["--data", '[{"path":"x","weight":0}]'],
+    "data x: weight": ["--data", '[{"path":"x","weight":0}]'],
 }
 IGNORED = {
     "lora is set but method is full": ["--method", "full", "--lora.rank", "16"],
@@ -48,7 +48,7 @@ IGNORED = {
     "lora.rank is set but adapter": ["--adapter", "x", "--lora.rank", "16"],
     "schedule.decay is 0.1; it must be left out": ["--schedule.decay", "0.1"],
     "schedule.final_ratio is 1.0; it must be left out": ["--schedule.kind", "constant", "--schedule.final_ratio", "1"],
-    "validation: weight of x is 2.0": ["--validation", '[{"path":"x","weight":2}]'],
+    "validation x: weight is 2.0": ["--validation", '[{"path":"x","weight":2}]'],
     "epochs and max_steps": ["--epochs", "1", "--max_steps", "1"],
     "validation and validation_fraction": ["--validation", "x", "--validation_fraction", "0.1"],
     "evaluation.patience is set but": ["--validation_fraction", "0", "--evaluation.patience", "1"],
