@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from minitune.errors import ConfigError, DataError, nearest
 from minitune.model.cache import KVCache
 from minitune.model.transformer import Transformer
+from minitune.ops.linear import projections
 from minitune.sampling import Sampling, next_tokens
 from minitune.text.chat import render_chat
 from minitune.text.tokenizer import Tokenizer
@@ -265,7 +265,7 @@ def _generate_batch(
     uniforms = _uniforms(rows, max_new_tokens, seed).to(head.device) if sampling.temperature > 0 else None
     padded = len(set(lengths.tolist())) > 1
     for step in range(max_new_tokens):
-        logits = F.linear(hidden[:, -1], head)  # (B, V)
+        (logits,) = projections(hidden[:, -1], [head], [None], [None])  # (B, V)
         tokens = next_tokens(logits, sampling, seen, None if uniforms is None else uniforms[:, step])
         going = [i for i, token in enumerate(tokens.tolist()) if accept(rows[i], token)]
         if not going or step + 1 == max_new_tokens:
