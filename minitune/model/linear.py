@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from minitune.model.config import LoRAConfig
-from minitune.ops.linear import Adapter, projections
+from minitune.ops.linear import Adapter, Remade, projections
 
 
 class LoRA(nn.Module):
@@ -43,7 +43,7 @@ class Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias)
         self.lora: LoRA | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Remade) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
         return project(x, (self,))[0]
 
@@ -55,7 +55,7 @@ def linear_group(in_features: int, out_features: tuple[int, ...], bias: bool, dt
     return [Linear(part, b) for part, b in zip(weight.split(out_features), biases, strict=True)]
 
 
-def project(x: torch.Tensor, layers: tuple[Linear, ...]) -> tuple[torch.Tensor, ...]:
+def project(x: torch.Tensor | Remade, layers: tuple[Linear, ...]) -> tuple[torch.Tensor, ...]:
     """Apply several layers to one input x (..., in) in one matmul; returns one (..., out_i) for each."""
     adapters, dropout = [], 0.0
     for layer in layers:

@@ -16,7 +16,7 @@ from minitune.model.cache import KVCache
 from minitune.model.config import ModelConfig
 from minitune.model.linear import Linear, linear_group, project
 from minitune.ops.attention import Visibility, attention, visibility
-from minitune.ops.linear import stacked
+from minitune.ops.linear import Remade, stacked
 from minitune.ops.norm import rms_norm
 from minitune.ops.rope import apply_rope, rope_tables
 from minitune.ops.swiglu import swiglu
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = linear_group(width, outs, config.attention_bias, dtype, device)
         (self.o_proj,) = linear_group(outs[0], (width,), config.attention_bias, dtype, device)
 
-    def forward(self, x: torch.Tensor, rope, seen: Visibility, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Remade, rope, seen: Visibility, cache: KVCache | None) -> torch.Tensor:
         """Map x (B, T, D) to (B, T, D); `rope` is (cos, sin) of the tokens' positions."""
         parts = project(x, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # (B, T, H d) -> (B, T, H, d)
@@ -70,9 +70,9 @@ class MLP(nn.Module):
         self.gate_proj, self.up_proj = linear_group(width, (inner, inner), config.mlp_bias, dtype, device)
         (self.down_proj,) = linear_group(inner, (width,), config.mlp_bias, dtype, device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Remade) -> torch.Tensor:
         """Map x (B, T, D) to (B, T, D)."""
-        return self.down_proj(swiglu(*project(x, (self.gate_proj, self.up_proj))))
+        return self.down_proj(Remade.of(swiglu, *project(x, (self.gate_proj, self.up_proj))))
 
 
 class Layer(nn.Module):
@@ -88,8 +88,8 @@ class Layer(nn.Module):
 
     def forward(self, h: torch.Tensor, rope, seen: Visibility, cache: KVCache | None) -> torch.Tensor:
         """Map h (B, T, D) to (B, T, D)."""
-        h = h + self.self_attn(self.input_layernorm(h), rope, seen, cache)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        h = h + self.self_attn(Remade.of(self.input_layernorm, h), rope, seen, cache)
+        return h + self.mlp(Remade.of(self.post_attention_layernorm, h))
 
 
 class Embedding(nn.Module):

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from minitune.ops import attention as attention_module
 from minitune.ops.attention import Visibility, _BlockedAttention, _fused, visibility
 from minitune.ops.cross_entropy import linear_cross_entropy
-from minitune.ops.linear import Adapter, projections, stacked
+from minitune.ops.linear import Adapter, Remade, projections, stacked
 from minitune.ops.norm import rms_norm
 from minitune.ops.rope import apply_rope, rope_tables
 from minitune.ops.swiglu import swiglu
@@ -106,6 +106,22 @@ def test_projections_dropout_is_one_mask_for_forward_and_backward():
     grads = (torch.autograd.grad(out, inputs, upstream) for out in (ours, eager))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_an_input_that_is_made_again_gives_the_same_gradients():
+    gate, up, weight = draw(3, 4), draw(3, 4, seed=1), draw(2, 4, seed=2)
+    adapter = Adapter(draw(2, 4, seed=3), draw(2, 2, seed=4), 2.0)
+    assert gradcheck(
+        lambda gate, up, weight, A, B: projections(
+            Remade.of(swiglu, gate, up), [weight], [None], [Adapter(A, B, 2.0)]
+        ),
+        (gate, up, weight, adapter.A, adapter.B),
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        remade = Remade.of(swiglu, gate, up)
+        projections(remade, [weight], [None], [adapter])
+    assert remade.value.data_ptr() not in kept and gate.data_ptr() in kept
 
 
 @pytest.mark.parametrize("weighted", [False, True])
