@@ -1,92 +1,118 @@
-"""AdamW over fp32 masters, behind an interface of five verbs: average, clip, step, state, load.
+"""AdamW, behind an interface of five verbs: average, clip, step, state, load.
 
 The loop hands over summed gradients; with W the summed weight of the window, c the clipping norm, rate a:
 
     g <- sum of gradients / W;   g <- g min(1, c / (|g| + 1e-6));   AdamW(g, a)    (Loshchilov & Hutter 2019)
 
-An fp32 parameter is its own master. A bf16 parameter has an fp32 copy here, which AdamW updates and which is
-then rounded into the model: bf16 keeps 8 bits, so an update below 1/256 of a weight would round away, and
-training would stand still without a word. Updating bf16 weights directly was rejected for that reason.
+The update itself is torch's fused kernel in fp32. Adapters and fp32 models are updated in place. A bf16 model
+keeps weights and moments in bf16, 6 bytes a parameter: slice by slice they are widened, updated in fp32 and
+rounded back stochastically (`ops/rounding.py`), since rounding to nearest would lose most updates and never
+let a second moment decay. fp32 masters were rejected for bf16: 14 bytes a parameter; who has them trains in fp32.
 """
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
+from minitune.ops.rounding import POOL, noise_pool, round_stochastically
 from minitune.training.config import OptimizerConfig
+
+SLICE = 1 << 18  # elements of a bf16 parameter that are widened at a time
 
 
 class Optimizer:
     """AdamW for named parameters, LoRA+ rates included.
 
     Args:
-        parameters: what trains, by name.
-        config: betas, epsilon, decay, clipping norm.
+        parameters: what trains, by name; fp32 or bf16.
+        config: betas, epsilon, decay (of matrices, not of norms and biases), clipping norm.
         plus_ratio: rate of each adapter's B over that of its A (Hayou et al. 2024, LoRA+).
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig, plus_ratio: float = 1.0):
-        """Make the masters and the groups; moments appear at the first step."""
-        self.parameters = parameters
-        self.max_grad_norm = config.max_grad_norm
-        self.masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-            for name, p in parameters.items()
-        }
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, master in self.masters.items():
-            ratio = plus_ratio if name.endswith(".lora.B") else 1.0
-            groups.setdefault((ratio, config.weight_decay if master.dim() > 1 else 0.0), []).append(master)
-        self.adamw = torch.optim.AdamW(
-            [{"params": g, "ratio": ratio, "weight_decay": decay} for (ratio, decay), g in groups.items()],
-            lr=0.0,
-            betas=config.betas,
-            eps=config.eps,
-            fused=all(p.device.type in ("cpu", "cuda") for p in parameters.values()),
-        )
+        """Allocate the moments, in each parameter's dtype."""
+        self.parameters, self.config, self.plus_ratio = parameters, config, plus_ratio
+        self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
+        self.steps = 0
+        self.scale = 1.0  # what remains to be multiplied into bf16 gradients
 
     def average(self, weight: int) -> float:
-        """Divide the summed gradients by `weight` (target tokens) in fp32; return their global norm."""
-        for name, parameter in self.parameters.items():
+        """Divide the summed gradients by `weight` (target tokens); return their global norm, taken in fp32."""
+        norms = []
+        for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if self.masters[name] is not parameter:
-                self.masters[name].grad = parameter.grad.float()
-        gradients = [master.grad for master in self.masters.values()]
-        torch._foreach_div_(gradients, float(weight))
-        return float(nn.utils.get_total_norm(gradients))
+            norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+        self._multiply(1.0 / weight)
+        return float(torch.linalg.vector_norm(torch.stack(norms))) / weight
 
     def clip(self, norm: float) -> None:
         """Scale the averaged gradients, whose global norm is `norm`, down to the configured maximum."""
-        if self.max_grad_norm is not None and norm > self.max_grad_norm:
-            torch._foreach_mul_([m.grad for m in self.masters.values()], self.max_grad_norm / (norm + 1e-6))
+        if self.config.max_grad_norm is not None and norm > self.config.max_grad_norm:
+            self._multiply(self.config.max_grad_norm / (norm + 1e-6))
+
+    def _multiply(self, factor: float) -> None:
+        """Scale fp32 gradients now and bf16 ones when they are widened, so that they are not rounded again."""
+        self.scale *= factor
+        for parameter in self.parameters.values():
+            if parameter.dtype == torch.float32:
+                parameter.grad.mul_(factor)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Update masters and model with the averaged gradients, then drop these."""
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate * group["ratio"]
-        self.adamw.step()
+        """Update the model with the averaged gradients, then drop these."""
+        groups: dict[tuple[float, float], list[str]] = {}
+        noise = None
         for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
-                self.masters[name].grad = None
+            ratio = self.plus_ratio if name.endswith(".lora.B") else 1.0
+            rate, decay = learning_rate * ratio, self.config.weight_decay if parameter.dim() > 1 else 0.0
+            if parameter.dtype == torch.float32:
+                groups.setdefault((rate, decay), []).append(name)
+                continue
+            noise = noise_pool(parameter.device) if noise is None else noise
+            self._step_rounded(name, rate, decay, noise)
+        for (rate, decay), names in groups.items():
+            wide = [self.parameters[name] for name in names]
+            moments = ([self.moments[name][i] for name in names] for i in (0, 1))
+            self._adamw(wide, [p.grad for p in wide], *moments, rate, decay)
+        for parameter in self.parameters.values():
             parameter.grad = None
+        self.steps, self.scale = self.steps + 1, 1.0
+
+    def _step_rounded(self, name: str, rate: float, decay: float, noise: torch.Tensor) -> None:
+        """Update one bf16 parameter and its moments, slice by slice, in fp32."""
+        parameter = self.parameters[name]
+        flats = [t.view(-1) for t in (parameter.data, *self.moments[name])]
+        starts = range(0, parameter.numel(), SLICE)
+        offsets = torch.randint(0, POOL, (len(starts), 3)).tolist()
+        for start, places in zip(starts, offsets, strict=True):
+            parts = [flat[start : start + SLICE] for flat in flats]
+            gradient = parameter.grad.view(-1)[start : start + SLICE].float().mul_(self.scale)
+            weight, first, second = wide = [part.float() for part in parts]
+            self._adamw([weight], [gradient], [first], [second], rate, decay)
+            for value, part, place in zip(wide, parts, places, strict=True):
+                round_stochastically(value, noise[place : place + len(part)], part)
+
+    def _adamw(self, parameters, gradients, first, second, rate: float, decay: float) -> None:
+        """Call torch's kernel on lists of fp32 tensors."""
+        steps = [torch.tensor(float(self.steps), device=p.device) for p in parameters]
+        beta1, beta2 = self.config.betas
+        adamw(
+            parameters, gradients, first, second, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+            lr=rate, weight_decay=decay, eps=self.config.eps, maximize=False,
+        )  # fmt: skip
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return all state as named tensors: `NAME.exp_avg`, `.exp_avg_sq`, `.step`, `.master`."""
-        tensors = {}
-        for name, master in self.masters.items():
-            tensors |= {f"{name}.{key}": value for key, value in self.adamw.state[master].items()}
-            if master is not self.parameters[name]:
-                tensors[f"{name}.master"] = master.detach()
+        """Return all state as named tensors: `step`, `NAME.exp_avg`, `NAME.exp_avg_sq`."""
+        tensors = {"step": torch.tensor(self.steps)}
+        for name, (first, second) in self.moments.items():
+            tensors |= {f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second}
         return tensors
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take back what `state` returned; KeyError when a tensor is missing."""
-        for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                master.copy_(tensors[f"{name}.master"])
-            if f"{name}.step" in tensors:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self.adamw.state[master] = {key: tensors[f"{name}.{key}"].to(master.device) for key in keys}
+        self.steps = int(tensors["step"])
+        for name, (first, second) in self.moments.items():
+            first.copy_(tensors[f"{name}.exp_avg"])
+            second.copy_(tensors[f"{name}.exp_avg_sq"])

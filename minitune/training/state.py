@@ -3,7 +3,7 @@
 A checkpoint `step-0000050` (or `step-0000050-02`: two micro-batches into the next step) holds
 
     weights.safetensors     what trains; the frozen base is only named, by `fingerprint`
-    optimizer.safetensors   moments and masters
+    optimizer.safetensors   moments
     window.safetensors      random states, and the summed gradients of an open accumulation window
     state.json              counters, the fingerprint and the sha256 of the three files
 

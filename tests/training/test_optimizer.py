@@ -1,4 +1,4 @@
-"""AdamW, clipping and averaging by hand on a few numbers; masters; groups."""
+"""AdamW, clipping and averaging by hand on a few numbers; stochastic rounding; groups."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from minitune.ops.rounding import round_stochastically
 from minitune.training.config import OptimizerConfig
 from minitune.training.optimizer import Optimizer
 
@@ -78,16 +79,62 @@ def test_lora_plus_gives_b_its_own_rate_and_leaves_the_rest():
 
 
 def test_updates_too_small_for_bf16_are_not_lost():
-    weight, lost = parameter([1.0], torch.bfloat16), torch.tensor([1.0], dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    count = 4000
+    weight, nearest = parameter([1.0] * count, torch.bfloat16), torch.tensor([1.0], dtype=torch.bfloat16)
     optimizer = Optimizer({"w": weight}, OptimizerConfig())
     for _ in range(100):
-        weight.grad = torch.tensor([1.0], dtype=torch.bfloat16)
+        weight.grad = torch.ones(count, dtype=torch.bfloat16)
         optimizer.average(1)
         optimizer.step(1e-4)
-        lost -= torch.tensor([1e-4], dtype=torch.bfloat16)
-    assert lost.item() == 1.0, "what plain bf16 does"
-    assert weight.item() == pytest.approx(0.99, abs=1 / 256)
-    assert optimizer.masters["w"].item() == pytest.approx(0.99, abs=1e-5)
+        nearest -= torch.tensor([1e-4], dtype=torch.bfloat16)
+    assert nearest.item() == 1.0, "what rounding to nearest does"
+    assert weight.float().mean().item() == pytest.approx(0.99, abs=5e-4)
+
+
+def test_a_second_moment_in_bf16_decays():
+    torch.manual_seed(0)
+    weight = parameter([0.0] * 4000, torch.bfloat16)
+    optimizer = Optimizer({"w": weight}, OptimizerConfig(betas=(0.9, 0.999)))
+    optimizer.moments["w"][1].fill_(1.0)
+    for _ in range(200):
+        weight.grad = torch.zeros(4000, dtype=torch.bfloat16)
+        optimizer.average(1)
+        optimizer.step(1e-4)
+    decayed = 0.999**200
+    assert (torch.tensor(1.0, dtype=torch.bfloat16) * 0.999).item() == 1.0, "what rounding to nearest does"
+    assert optimizer.moments["w"][1].float().mean().item() == pytest.approx(decayed, rel=0.01)
+
+
+def test_rounding_is_to_a_neighbour_and_right_on_average():
+    x = torch.tensor([1.0, 1.0 + 1 / 512, -3.0078125, 1e-30, 0.0, float("inf")])
+    noise = torch.arange(1 << 16, dtype=torch.int32)  # every value once: the exact expectation
+    for value in x:
+        out = torch.empty(1 << 16, dtype=torch.bfloat16)
+        round_stochastically(value.repeat(1 << 16), noise, out)
+        assert len(out.unique()) <= 2
+        if value.isfinite():
+            assert out.double().mean().item() == pytest.approx(value.item(), rel=1e-7)
+        else:
+            assert out.unique().item() == value
+
+
+def test_a_bf16_parameter_longer_than_a_slice_moves_as_its_fp32_twin(monkeypatch):
+    monkeypatch.setattr("minitune.training.optimizer.SLICE", 1000)
+    torch.manual_seed(1)
+    start, gradients = torch.randn(3500, 1).bfloat16(), torch.randn(5, 3500, 1).bfloat16()
+    ends = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = nn.Parameter(start.to(dtype))
+        optimizer = Optimizer({"w": weight}, OptimizerConfig(weight_decay=0.1, max_grad_norm=1.0))
+        for gradient in gradients:
+            weight.grad = gradient.to(dtype)
+            optimizer.clip(optimizer.average(3))
+            optimizer.step(1e-2)
+        ends.append(weight.detach().float())
+    difference = ends[1] - ends[0]
+    assert (difference.abs() <= 5 * 2.0**-7 * ends[0].abs() + 1e-3).all()
+    assert abs(difference.mean().item()) < 4 * difference.std().item() / 3500**0.5
 
 
 def test_state_goes_round():

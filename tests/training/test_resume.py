@@ -74,7 +74,7 @@ def test_killed_between_micro_batches(make_config, straight, micro_batch):
 
 
 RUNS = {
-    "full in bf16, fp32 masters": {"method": "full", "dtype": "bfloat16", "lora": LoRAOptions()},
+    "full in bf16, rounded stochastically": {"method": "full", "dtype": "bfloat16", "lora": LoRAOptions()},
     "last layers": {"method": "last_layers", "last_layers": 1, "lora": LoRAOptions()},
     "LoRA+ over bf16, padded": {"dtype": "bfloat16", "packing": False, "lora": LoRAOptions(plus_ratio=4.0)},
     "checkpointing, mixture": {"gradient_checkpointing": True, "epochs": 3.0, "max_steps": None},
