@@ -1,0 +1,85 @@
+"""What is compared with what, and the bars that were set before anything was measured.
+
+A bar is a ratio, ours / peer: of the seconds for the same work, and of the peak resident memory. "least" has to be
+reached, "aim" is hoped for. Both sides get the same weights, token ids, optimiser and thread count.
+"""
+
+from dataclasses import dataclass
+
+LEARNING_RATE = 5e-4  # LoRA; a tenth of it for full fine-tuning
+RANK, ALPHA = 16, 32.0
+PROMPT, NEW = 32, 128  # tokens of the generation cases
+ROW_POOL, ROW_LENGTH = 16, 512  # rows of the case on real rows, and the longest of them
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    name: str
+    title: str
+    """The peer, in words."""
+    peer: str
+    """peft, transformers, trl, trl-grouped, trl-packed, litgpt or torchtune."""
+    dtype: str = "float32"
+    kind: str = "lora"
+    """lora, full, rows (LoRA on rows of varied length), generate or start."""
+    batch: int = 4
+    length: int = 256
+    medium: bool = False
+    """set_float32_matmul_precision("medium") on both sides."""
+    checkpointing: bool = False
+    time_least: float | None = None
+    time_aim: float | None = None
+    memory_least: float | None = None
+    memory_aim: float | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """How far the losses of step 1 may lie apart, in nats per token.
+
+        bf16 keeps 8 bits (a loss of 3 is a multiple of 0.016 there) and each side rounds in other places; "medium" may
+        compute in bf16. Labels shifted by one, or a row missing, are off by more.
+        """
+        return 1e-4 if self.dtype == "float32" and not self.medium else 5e-2
+
+    @property
+    def unit(self) -> str:
+        """What the printed times mean."""
+        return {"rows": "ms/target token", "generate": "tokens/s", "start": "s"}.get(self.kind, "s/step")
+
+    @property
+    def learning_rate(self) -> float:
+        """Real rows are batched differently on each side; so that losses stay comparable, nothing moves there."""
+        return {"full": LEARNING_RATE / 10, "rows": 1e-9}.get(self.kind, LEARNING_RATE)
+
+
+def _pair(name: str, title: str, peer: str, fp32: tuple, bf16: tuple, **rest) -> list[Case]:
+    """Return the fp32 and the bf16 case; the tuples are (time_least, time_aim)."""
+    return [
+        Case(f"{name}-{short}", title, peer, dtype, time_least=bars[0], time_aim=bars[1], **rest)
+        for short, dtype, bars in (("fp32", "float32", fp32), ("bf16", "bfloat16", bf16))
+    ]
+
+
+_TRL = {"memory_least": 0.5, "kind": "rows", "dtype": "bfloat16", "time_least": 0.35, "time_aim": 0.2}
+_LORA_MEMORY = {"memory_least": 0.5, "memory_aim": 0.35}
+CASES = [
+    *_pair("lora", "transformers + PEFT", "peft", (0.5, 0.4), (0.7, 0.5), **_LORA_MEMORY),
+    Case("lora-medium", "PEFT, fp32 matmuls 'medium'", "peft", medium=True, time_least=0.85, time_aim=0.7),
+    *_pair("checkpointing", "PEFT, gradient checkpointing", "peft", (0.5, None), (0.85, None), checkpointing=True,
+           memory_least=0.5),
+    *_pair("full", "transformers, full fine-tuning", "transformers", (0.5, None), (0.8, None), kind="full",
+           memory_least=0.6),
+    *_pair("trl", "TRL SFTTrainer", "trl", (0.4, 0.33), (0.45, 0.33), memory_least=0.5),
+    Case("rows", "TRL, real rows, as they come", "trl", **_TRL),
+    Case("rows-grouped", "TRL, real rows, grouped by length", "trl-grouped", **_TRL),
+    Case("rows-packed", "TRL, real rows, packed (bfd, padding-free)", "trl-packed", **_TRL),
+    *_pair("long", "PEFT, 1 x 1024", "peft", (0.55, None), (0.75, None), batch=1, length=1024, memory_least=0.5),
+    Case("generate-bf16", "transformers generate, greedy", "transformers", "bfloat16", "generate",
+         time_least=1 / 1.6, time_aim=1 / 2.5),
+    Case("generate-fp32", "transformers generate, greedy", "transformers", "float32", "generate"),
+    Case("start", "import transformers, peft, trl; load", "transformers", "bfloat16", "start", time_least=0.3),
+    *_pair("litgpt", "litgpt", "litgpt", (1.0, None), (1.0, None), memory_least=1.0),
+    *_pair("torchtune", "torchtune", "torchtune", (1.0, None), (1.0, None), memory_least=1.0),
+]  # fmt: skip

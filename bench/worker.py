@@ -1,0 +1,224 @@
+"""One side of one comparison, in a process of its own: `python -m bench.worker SIDE CASE CACHE`.
+
+It loads, says that it is ready, then does a round of work for each line that it reads and answers with one line of
+JSON: seconds, its own peak memory, loss, tokens. Whatever libraries print goes to stderr.
+
+Our side runs the project's own loop (`training.loop.fit`) from end to end; the rounds are paced by the stream of
+batches, which waits for its turn. A hand-made step was rejected: it would measure something that nobody runs.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.cases import ALPHA, NEW, PROMPT, RANK, ROW_LENGTH, ROW_POOL, Case
+
+
+class Channel:
+    """The worker's end of the pipes; `wait` begins a round, `report` ends it."""
+
+    def __init__(self):
+        """Keep stdout for the answers alone."""
+        self.answers = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        self.ready = False
+
+    def wait(self) -> None:
+        """Wait for the driver to ask for a round; end the process when it is gone."""
+        if not self.ready:
+            self.ready = True
+            self._send(ready=True, threads=_threads(), versions=_versions())
+        if not sys.stdin.readline():
+            self.answers.flush()
+            os._exit(0)  # without tearing down what libraries started
+        self.began = time.perf_counter()
+
+    def report(self, **values: Any) -> None:
+        """Answer with the seconds since `wait` and further values."""
+        self._send(seconds=time.perf_counter() - self.began, **values)
+
+    def _send(self, **values: Any) -> None:
+        print(json.dumps({**values, "peak_mb": peak_memory_mb()}), file=self.answers)
+
+
+def peak_memory_mb() -> float:
+    """Return this process's peak resident memory; getrusage's, on Linux, begins at that of the process's parent."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def _threads() -> int:
+    return sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what was imported."""
+    names = ("torch", "transformers", "peft", "trl", "litgpt", "torchtune", "minitune")
+    found = {name: getattr(sys.modules.get(name), "__version__", None) for name in names}
+    return {name: str(version) for name, version in found.items() if version}
+
+
+def read_data(cache: Path) -> dict[str, Any]:
+    """Return {"text": ids of one long text, "rows": [{"ids", "targets"}]}."""
+    return json.loads((cache / "data.json").read_text(encoding="utf-8"))
+
+
+def windows(case: Case, cache: Path) -> Iterator[list[list[int]]]:
+    """Yield batches of B rows of T token ids, the same on both sides, without end."""
+    text, size = read_data(cache)["text"], case.batch * case.length
+    while True:
+        for start in range(0, len(text) - size + 1, size):
+            yield [text[start + i * case.length : start + (i + 1) * case.length] for i in range(case.batch)]
+
+
+def prepare(model: str, cache: Path) -> None:
+    """Write what both sides read: the model as Hugging Face folders in two dtypes, and token ids."""
+    from minitune.checkpoint.huggingface import save_model
+    from minitune.checkpoint.load import load_model, load_tokenizer
+    from minitune.checkpoint.sources import fetch
+    from minitune.data.examples import build_examples
+    from minitune.data.formats import read_records
+
+    cache.mkdir(parents=True, exist_ok=True)
+    missing = [dtype for dtype in ("float32", "bfloat16") if not (cache / dtype / "config.json").is_file()]
+    if not missing and (cache / "data.json").is_file():
+        return
+    source = model if os.path.exists(model) else fetch(model, progress=False)
+    tokenizer = load_tokenizer(source)
+    for dtype in missing:
+        save_model(load_model(source, dtype=dtype), tokenizer, cache / dtype, overwrite=True)
+    text = tokenizer.encode(fetch("wiki-demo", progress=False).read_text(encoding="utf-8")[:200_000])
+    records = read_records(fetch("alpaca-en-demo", progress=False))[: 2 * ROW_POOL]
+    rows = build_examples(records, tokenizer, max_length=ROW_LENGTH, truncate="drop")[:ROW_POOL]
+    data = {"text": text, "rows": [{"ids": row.ids, "targets": row.targets} for row in rows]}
+    (cache / "data.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def our_rounds(case: Case, cache: Path) -> Iterator[list[Any]]:
+    """Yield rounds of batches: one batch of fixed size, or the pool of real rows, packed."""
+    from minitune.data.batching import collate, plan_batches
+    from minitune.data.examples import Example
+
+    if case.kind != "rows":
+        for rows in windows(case, cache):
+            targets = (False, *[True] * (case.length - 1))
+            yield [collate([[Example(tuple(ids), targets, "")] for ids in rows], pad_id=0)]
+    examples = [Example(tuple(row["ids"]), tuple(row["targets"]), "") for row in read_data(cache)["rows"]]
+    lengths = [len(example.ids) for example in examples]
+    for epoch in range(10**9):
+        plan = plan_batches(lengths, batch_size=2, max_length=ROW_LENGTH, packing=True, seed=0, epoch=epoch)
+        yield [collate([[examples[i] for i in row] for row in rows], pad_id=0) for rows in plan]
+
+
+class _Pace:
+    """Stream and journal of the loop: batches go in when the driver asks, a round's result goes out."""
+
+    def __init__(self, case: Case, cache: Path, channel: Any):
+        self.rounds, self.channel = our_rounds(case, cache), channel
+        self.loss_sum = self.tokens = self.seen = self.left = 0
+
+    def stream(self, start: int) -> Iterator[Any]:
+        for batches in self.rounds:
+            self.left, self.loss_sum, self.tokens = len(batches), 0.0, 0
+            self.channel.wait()
+            yield from batches
+
+    def step(self, line: dict[str, Any]) -> None:
+        count, self.seen = line["target_tokens"] - self.seen, line["target_tokens"]
+        self.loss_sum += line["loss"] * count
+        self.tokens += count
+        self.left -= 1
+        if not self.left:
+            self.channel.report(loss=self.loss_sum / self.tokens, tokens=self.tokens)
+
+
+def our_training(case: Case, cache: Path, channel: Any) -> None:
+    """Train with the project's loop; ends with the channel."""
+    from minitune.checkpoint.load import load_model
+    from minitune.training.config import CheckpointConfig, LoRAOptions, OptimizerConfig, ScheduleConfig, TrainConfig
+    from minitune.training.loop import Job, fit
+    from minitune.training.objectives import supervised
+    from minitune.training.optimizer import Optimizer
+    from minitune.training.run import choose_parameters
+    from minitune.training.state import Progress
+
+    method = "full" if case.kind == "full" else "lora"
+    config = TrainConfig(
+        data="-", model=str(cache / case.dtype), method=method, max_steps=10**9, batch_size=case.batch,
+        accumulation_steps=1, dtype=case.dtype, gradient_checkpointing=case.checkpointing,
+        checkpoint=CheckpointConfig(every_steps=10**9),
+        lora=LoRAOptions(rank=RANK, alpha=ALPHA) if method == "lora" else LoRAOptions(),
+        optimizer=OptimizerConfig(learning_rate=case.learning_rate), schedule=ScheduleConfig("constant", warmup=0.0),
+    ).resolved()  # fmt: skip
+    model = load_model(config.model, dtype=config.dtype)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    parameters = choose_parameters(model, config)
+    pace = _Pace(case, cache, channel)
+    fit(Job(
+        config=config, model=model, parameters=parameters, optimizer=Optimizer(parameters, config.optimizer),
+        objective=supervised, stream=pace.stream, total_batches=10**9, validation=None, sample=list,
+        checkpoints=cache / "never", fingerprint={}, progress=Progress(), journal=pace,
+    ))  # fmt: skip
+
+
+def our_generation(case: Case, cache: Path, channel: Any) -> None:
+    """Continue one prompt greedily."""
+    from minitune.checkpoint.load import load_model
+    from minitune.decoding import generate_ids
+
+    model, prompt = load_model(cache / case.dtype), read_data(cache)["text"][:PROMPT]
+    while True:
+        channel.wait()
+        (ids,) = generate_ids(model, [prompt], max_new_tokens=NEW)
+        channel.report(tokens=len(ids), ids=ids)
+
+
+def our_start(case: Case, cache: Path, channel: Any) -> None:
+    """Load a model; the driver measures the time from the process's start to `ready`."""
+    import minitune
+
+    model = minitune.load_model(cache / case.dtype)
+    channel.wait()
+    del model
+
+
+def probe(case: Any, cache: Path, channel: Any) -> None:
+    """Measure the machine whenever asked."""
+    from bench.floor import measure_rates
+
+    while True:
+        channel.wait()
+        channel.report(rates=measure_rates())
+
+
+def main() -> None:
+    """Run one side until the driver closes the pipe."""
+    side, fields, cache = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
+    channel = Channel()
+    if side == "prepare":
+        prepare(fields["model"], cache)
+        return channel.wait()
+    if side == "probe":
+        return probe(None, cache, channel)
+    case = Case(**fields)
+    if case.medium:
+        import torch
+
+        torch.set_float32_matmul_precision("medium")
+    if side == "peer":
+        from bench import peers
+
+        return peers.run(case, cache, channel)
+    {"generate": our_generation, "start": our_start}.get(case.kind, our_training)(case, cache, channel)
+
+
+if __name__ == "__main__":
+    main()
