@@ -1,0 +1,160 @@
+"""The tutorials run, print what they promise, assert every number of their text, and fail where the engine is wrong."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORWARD, LORA, STEP = "01_forward_pass", "02_lora", "03_training_step"
+PICTURES = {FORWARD: "attention.png", LORA: "singular_values.png", STEP: "loss_mask.png"}
+PROMISED = {
+    FORWARD: ("(B=1, T=5, H=9, d=64)", "(B=1, T=5, F=1536)", "x x x x x", "' Paris'", "one token in the cache: 46,080"),
+    LORA: ("equal, bit for bit", "dA where B is zero: exactly 0", "measured and by autograd", "G has rank 14", "1.82%"),
+    STEP: ("'positive'       TARGET", "'<|im_end|>'     TARGET", "mean of means", "length before", "the loop, step 2"),
+}
+
+# A bug in the engine, planted before a tutorial runs: (tutorial, code, section it must not get past).
+BUGS = {
+    "rope turns the wrong way": (
+        FORWARD,
+        "import minitune.ops.rope as m; right = m._turn; m._turn = lambda x, c, s, sign: right(x, c, s, -sign)",
+        "== 6.",
+    ),
+    "B's gradient lacks the scaling": (
+        LORA,
+        "import torch, minitune.ops.linear as m; right = m._split_adapters\n"
+        "def wrong(da, db, scalings, factors, sizes):\n"
+        "    scaled = iter(s for s in scalings if s is not None)\n"
+        "    grads = right(da, db, scalings, factors, sizes)\n"
+        "    return [g if i % 2 == 0 else g / next(scaled) for i, g in enumerate(grads)]\n"
+        "m._split_adapters = wrong",
+        "== 3.",
+    ),
+    "targets are not shifted": (
+        STEP,
+        "import minitune.data.batching as m\n"
+        "m.shifted_targets = lambda e: [i if t else -100 for i, t in zip(e.ids, e.targets)]",
+        "== 3.",
+    ),
+    "gradients are not clipped": (
+        STEP,
+        "import minitune.training.optimizer as m; m.Optimizer.clip = lambda self, norm: None",
+        "== every",
+    ),
+}
+
+
+@dataclass
+class Outcome:
+    """How a run of a tutorial ended."""
+
+    code: int
+    output: str
+    peak_mb: float
+    cpu_seconds: float
+
+
+def run(folder: Path, name: str, bug: str = "") -> Outcome:
+    """Run a tutorial in `folder`, offline, on one thread; with a bug planted first where one is given."""
+    path = str(ROOT / "tutorials" / f"{name}.py")
+    planted = f"import runpy\n{bug}\nrunpy.run_path({path!r}, run_name='__main__')"
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    folder.mkdir()
+    with open(folder / "output.txt", "w+b") as output:
+        command = [sys.executable, "-c", planted] if bug else [sys.executable, path]
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    text = (folder / "output.txt").read_text(encoding="utf-8")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Outcome(process.returncode, text, usage.ru_maxrss * unit / 1e6, usage.ru_utime + usage.ru_stime)
+
+
+@pytest.fixture(scope="module")
+def outcomes(smollm2_path, tmp_path_factory) -> dict[str, Outcome]:
+    """All runs by the name of their tutorial or bug, two at a time."""
+    folder = tmp_path_factory.mktemp("tutorials")
+    jobs = {name: (name, "") for name in PROMISED} | {name: bug[:2] for name, bug in BUGS.items()}
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda item: run(folder / item[0].replace(" ", "_"), *item[1]), jobs.items())
+        found = dict(zip(jobs, done, strict=True))
+    for name, picture in PICTURES.items():
+        path = folder / name / "runs" / "tutorials" / picture
+        found[picture] = path.read_bytes() if path.is_file() else b""
+    return found
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_a_tutorial_runs_and_prints_what_it_promises(outcomes, name):
+    outcome = outcomes[name]
+    assert outcome.code == 0, outcome.output[-2000:]
+    for promised in PROMISED[name]:
+        assert promised in outcome.output
+    sections = [int(number) for number in re.findall(r"^== (\d+)\.", outcome.output, re.MULTILINE)]
+    headings = re.findall(r"^(?:\"\"\")?## (\d+)\.", (ROOT / "tutorials" / f"{name}.py").read_text(), re.MULTILINE)
+    assert sections == [int(number) for number in headings] == list(range(1, len(sections) + 1))
+    assert outcome.output.rstrip().endswith("== every number agreed")
+    assert outcome.peak_mb < 1500
+    assert outcome.cpu_seconds < 40  # 20 s on 2 cores
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_makes_the_tutorial_fail(outcomes, bug):
+    outcome, later = outcomes[bug], BUGS[bug][2]
+    assert outcome.code == 1
+    assert "AssertionError" in outcome.output, outcome.output[-2000:]
+    assert "== 1." in outcome.output and later not in outcome.output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="pictures need matplotlib")
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_drawn(outcomes, name):
+    picture = outcomes[PICTURES[name]]
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+
+
+def cells(name: str) -> list[tuple[str, str]]:
+    """Return (marker, content) of each cell of a tutorial."""
+    text = (ROOT / "tutorials" / f"{name}.py").read_text(encoding="utf-8")
+    parts = re.split(r"^(# %%.*)\n", text, flags=re.MULTILINE)
+    assert parts[0] == ""
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_cells_open_in_editors(name):
+    for marker, content in cells(name):
+        body = ast.parse(content).body  # each cell is whole by itself
+        texts = [isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body]
+        assert marker in ("# %%", "# %% [markdown]")
+        assert texts == [True] if marker.endswith("[markdown]") else not any(texts)
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_every_number_of_the_text_is_asserted(name):
+    text, asserted = "", {0.0, 1.0, 2.0, 100.0}
+    for marker, content in cells(name):
+        if marker.endswith("[markdown]"):
+            text += ast.parse(content).body[0].value.value + "\n"
+            continue
+        for node in ast.walk(ast.parse(content)):
+            checked = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check"
+            if isinstance(node, ast.Assert) or checked:
+                asserted |= {float(c.value) for c in ast.walk(node)
+                             if isinstance(c, ast.Constant) and isinstance(c.value, int | float)}  # fmt: skip
+    text = re.sub(r"^#+ .*$", "", text, flags=re.MULTILINE)  # headings carry their own numbers
+    text = re.sub(r"\([A-Z][^()]*\d{4}[^()]*\)", "", text)  # citations
+    text = re.sub(r"\b(tutorials?|section) \d( and \d)?", "", text)
+    found = {float(n.replace(",", "")) for n in re.findall(r"(?<![\w.^\-])\d[\d,]*(?:\.\d+)?(?![\w])", text)}
+    assert len(found) >= 10
+    assert not found - asserted, f"stated but not asserted: {sorted(found - asserted)}"
