@@ -166,7 +166,7 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | str = "all-linear"
     """Names of linear modules ("q_proj", or a longer tail of the path), or "all-linear"."""
     rslora: bool = False
-    """Rank-stabilised scaling alpha / sqrt(rank) (Kalajdzievski 2023, equation 6)."""
+    """Rank-stabilised scaling alpha / sqrt(rank) (Kalajdzievski 2023, theorem 3.2)."""
 
     def __post_init__(self):
         """Refuse values without meaning."""

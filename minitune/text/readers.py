@@ -178,33 +178,11 @@ def read_gguf(path: Path) -> tuple[Tokenizer, dict, list[int]]:
 
 
 def _gguf_metadata(path: Path) -> dict:
-    """Return the fields under `tokenizer.`; the package's reader, but an array is one pass instead of many views."""
-    from gguf import GGUFReader, GGUFValueType
+    """Return the fields under `tokenizer.`."""
+    from minitune.text.gguf_reader import open_reader  # loads numpy
 
-    class Reader(GGUFReader):
-        def _get_field_parts(self, orig_offs, raw_type):
-            if raw_type != GGUFValueType.ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
-            kind = GGUFValueType(int(self._get(orig_offs, "u4")[0]))
-            count = int(self._get(orig_offs + 4, "u8")[0])
-            start = at = orig_offs + 12
-            if kind in self.gguf_scalar_to_np:
-                parts = [self._get(at, self.gguf_scalar_to_np[kind], count)]
-                return at + parts[0].nbytes - orig_offs, parts, [0], [GGUFValueType.ARRAY, kind]
-            parts, raw = [], memoryview(self.data)
-            for _ in range(count):
-                start = at + 8
-                at = start + int.from_bytes(raw[at:start], "little")
-                if at > len(raw):
-                    raise ValueError("a string ends beyond the file")
-                parts.append(raw[start:at])
-            return at - orig_offs, parts, list(range(count)), [GGUFValueType.ARRAY, kind]
-
+    fields, prefix = open_reader(path).fields, "tokenizer."
     try:
-        fields = Reader(path).fields
-        prefix = "tokenizer."
         return {name.removeprefix(prefix): f.contents() for name, f in fields.items() if name.startswith(prefix)}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
     except (ValueError, KeyError, IndexError, OverflowError) as error:
-        raise CheckpointError(f"{path}: not a complete GGUF file ({error}); fetch it again") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from error
