@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from minitune.data.corpus import Source
 from minitune.data.examples import TrainOn, Truncate
-from minitune.data.formats import FormatName
 from minitune.errors import ConfigError
 from minitune.model.config import LoRAConfig
 
@@ -31,20 +31,6 @@ def _positive(prefix: str, options: Any, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         _require(value is None or 0 < value < float("inf"), prefix + name, value, "above 0")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One data file of a mixture."""
-
-    path: str
-    """The file: .jsonl, .json, .csv or .txt."""
-    weight: float | None = None
-    """Its share of the rows of an epoch, relative to the other files' (default: every row once)."""
-    format: FormatName = "auto"
-    """Kind of its rows; auto is told by their fields."""
-    columns: dict[str, str] | None = None
-    """Other names of fields: {prompt: question, completion: answer} reads `question` as the prompt."""
 
 
 Sources = tuple[Source | str, ...] | Source | str | None

@@ -30,6 +30,7 @@ from minitune.checkpoint.adapter import load_adapter, save_adapter
 from minitune.checkpoint.files import atomic_file
 from minitune.checkpoint.huggingface import save_model
 from minitune.checkpoint.load import load_model, load_tokenizer
+from minitune.data.corpus import Corpus, Encoding, Stream, load_corpus
 from minitune.device import choose_device, choose_dtype
 from minitune.errors import ConfigError
 from minitune.model.lora import add_lora
@@ -37,7 +38,6 @@ from minitune.model.trainable import train_all, train_last_layers, train_matchin
 from minitune.model.transformer import Transformer
 from minitune.training import state
 from minitune.training.config import TrainConfig
-from minitune.training.corpus import Corpus, count_batches, load_corpus, stream_batches, validation_batches
 from minitune.training.evaluate import answer_samples, sample_prompts
 from minitune.training.journal import Journal, peak_memory_mb
 from minitune.training.loop import Job, StopSignal, fit
@@ -82,7 +82,8 @@ def train(config: TrainConfig) -> TrainResult:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model)
-    corpus = load_corpus(config, tokenizer)
+    stream = _load_data(config, tokenizer)
+    corpus = stream.corpus
     model = load_model(config.model, dtype=dtype, device=device)
     model.gradient_checkpointing = config.gradient_checkpointing
     base = state.base_fingerprint(model)
@@ -92,10 +93,9 @@ def train(config: TrainConfig) -> TrainResult:
     matters = state.fingerprint(config, corpus.files, base, str(dtype))
     progress = _resume(folder, parameters, optimizer, matters) if config.resume else state.Progress()
     _write_run_files(folder, config, corpus, _environment(model, dtype))
-    pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
     room = model.config.max_positions - config.evaluation.sample_tokens
     prompts = sample_prompts(corpus.validation, config.evaluation.samples, room)
-    total = count_batches(corpus, config)
+    total = config.max_steps * config.accumulation_steps if config.max_steps else stream.count(config.epochs)
     with Journal(folder, -(-total // config.accumulation_steps), progress) as journal, StopSignal() as stop:
         job = Job(
             config=config,
@@ -103,9 +103,9 @@ def train(config: TrainConfig) -> TrainResult:
             parameters=parameters,
             optimizer=optimizer,
             objective=supervised,
-            stream=lambda start: stream_batches(corpus, config, pad_id, start),
+            stream=stream.batches,
             total_batches=total,
-            validation=(lambda: validation_batches(corpus, config, pad_id)) if corpus.validation else None,
+            validation=stream.validation if corpus.validation else None,
             sample=lambda: answer_samples(model, tokenizer, prompts, config.evaluation.sample_tokens),
             checkpoints=folder / "checkpoints",
             fingerprint=matters,
@@ -116,6 +116,20 @@ def train(config: TrainConfig) -> TrainResult:
         status = fit(job, stop)
     result = None if status == "stopped" else _export(job, tokenizer, folder)
     return _finish(job, status, folder, result, stop.number)
+
+
+def _load_data(config: TrainConfig, tokenizer: Any) -> Stream:
+    """Return the batches of a resolved config; padding is masked by position, so any id can fill it."""
+    corpus = load_corpus(
+        config.data,
+        config.validation or (),
+        tokenizer,
+        Encoding(config.max_length, config.truncate, config.train_on),
+        held_out=config.validation_fraction or 0.0,
+        seed=config.seed,
+    )
+    pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
+    return Stream(corpus, config.batch_size, config.max_length, config.packing, config.seed, pad_id)
 
 
 def choose_parameters(model: Transformer, config: TrainConfig) -> dict[str, nn.Parameter]:
@@ -211,13 +225,11 @@ def _announce(job: Job, corpus: Corpus) -> None:
     trained = sum(p.numel() for p in job.parameters.values())
     everything = sum(p.numel() for p in job.model.parameters())
     rows = sum(len(examples) for examples, _ in corpus.training)
-    learned = {example.ids for examples, _ in corpus.training for example in examples}
-    leaked = sum(example.ids in learned for example in corpus.validation)
     job.journal.say(
         f"{job.config.method}: {trained:,} of {everything:,} parameters, {rows:,} training and "
         f"{len(corpus.validation):,} validation examples, {job.total_steps:,} steps"
     )
-    if leaked:
+    if leaked := corpus.leaked():
         job.journal.say(f"{leaked} validation examples are training examples too: the loss on them proves nothing")
     if not corpus.validation:
         job.journal.say("no validation rows: over-fitting will not be seen")

@@ -26,6 +26,7 @@ from torch import nn
 
 from minitune.checkpoint.files import atomic_folder, clean_leftovers
 from minitune.checkpoint.safetensors_io import read_tensors, write_tensors
+from minitune.data.corpus import file_sha256
 from minitune.errors import CheckpointError
 from minitune.training.config import TrainConfig
 from minitune.training.optimizer import Optimizer
@@ -165,15 +166,6 @@ def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: Optimi
     for name, parameter in parameters.items():
         gradient = window.get(f"gradient.{name}")
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file."""
-    with open(path, "rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

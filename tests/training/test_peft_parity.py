@@ -90,9 +90,13 @@ def compare(model, base, tmp_path, rate):
     our_tensors = read_tensors(tmp_path / "end" / "adapter_model.safetensors")
     start = read_tensors(tmp_path / "start" / "adapter_model.safetensors")
     assert set(our_tensors) == set(their_tensors)
+    apart = moved = 0.0
     for name, tensor in their_tensors.items():
         torch.testing.assert_close(our_tensors[name], tensor, atol=1e-4, rtol=0)
-        assert (tensor - start[name]).abs().max() > 1e-3, "the bar is far below what was learned"
+        apart += float((our_tensors[name] - tensor).double().square().sum())
+        moved += float((tensor - start[name]).double().square().sum())
+    print(f"apart by {math.sqrt(apart / moved):.1e} of what was learned")
+    assert math.sqrt(apart / moved) < 2e-3
 
 
 def test_twenty_steps_on_a_tiny_model(tiny_model, tmp_path):
@@ -123,6 +127,6 @@ def test_twenty_steps_on_smollm2(smollm2_path, tmp_path):
     model = load_model(smollm2_path, dtype=torch.float32)
     save_model(model, None, tmp_path / "base")
     add_lora(model, LoRAConfig(rank=4, alpha=8.0), seed=3)
-    # Adam moves a number whose gradient is all rounding by up to the rate a step, in either direction: of two million
-    # numbers some are such, so the bar asks for a usual rate here.
-    compare(model, tmp_path / "base", tmp_path, rate=2e-4)
+    # Adam moves a number whose gradient is all rounding by up to the rate a step, in either direction. Among a million
+    # numbers a few are such at every step; their distance is the rate's, which is therefore kept below the bar.
+    compare(model, tmp_path / "base", tmp_path, rate=5e-5)

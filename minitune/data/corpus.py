@@ -1,0 +1,177 @@
+"""The data of a run: files -> training and validation examples -> an endless, seekable stream of batches.
+
+Rows held out for validation are chosen by a hash of their question, so duplicates never stand on both sides,
+and adding rows to a file moves none of the old ones. The stream is a function of (seed, epoch, index) alone:
+a resumed run asks for batch i and gets the same rows as a run that was never interrupted. A loader with workers
+and a position of its own was rejected: batches of token ids are made in a millisecond.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitune.data.batching import Batch, collate, mix, plan_batches
+from minitune.data.examples import Example, TrainOn, Truncate, build_examples
+from minitune.data.formats import FormatName, Record, read_records
+from minitune.data.splits import question_key, split_by_hash
+from minitune.errors import DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data file of a mixture."""
+
+    path: str
+    """The file: .jsonl, .json, .csv or .txt."""
+    weight: float | None = None
+    """Its share of the rows of an epoch, relative to the other files' (default: every row once)."""
+    format: FormatName = "auto"
+    """Kind of its rows; auto is told by their fields."""
+    columns: dict[str, str] | None = None
+    """Other names of fields: {prompt: question, completion: answer} reads `question` as the prompt."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become examples: the arguments of `build_examples`."""
+
+    max_length: int
+    truncate: Truncate = "error"
+    train_on: TrainOn = "all"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training examples by source with their weights, validation examples, and one entry per file."""
+
+    training: list[tuple[list[Example], float | None]]
+    validation: list[Example]
+    files: list[dict[str, Any]]
+
+    def leaked(self) -> int:
+        """Return how many validation examples are training examples too."""
+        learned = {example.ids for examples, _ in self.training for example in examples}
+        return sum(example.ids in learned for example in self.validation)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The batches of a run. `pad_id` fills short rows; the rest is as in `plan_batches`."""
+
+    corpus: Corpus
+    batch_size: int
+    max_length: int
+    packing: bool
+    seed: int
+    pad_id: int
+
+    def count(self, epochs: float) -> int:
+        """Return the number of batches in so many epochs, at least 1."""
+        whole, part = int(epochs), epochs % 1
+        count = sum(len(self._epoch(epoch)[1]) for epoch in range(whole))
+        return max(1, count + (round(part * len(self._epoch(whole)[1])) if part else 0))
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Yield batches without end, epoch after epoch, beginning with number `start` of the run."""
+        epoch = 0
+        while True:
+            examples, plan = self._epoch(epoch)
+            for rows in plan[start:]:
+                yield self._collate(examples, rows)
+            start, epoch = max(0, start - len(plan)), epoch + 1
+
+    def validation(self) -> Iterator[Batch]:
+        """Yield the validation examples, each once, always in the same batches."""
+        for rows in self._plan(self.corpus.validation, 0):
+            yield self._collate(self.corpus.validation, rows)
+
+    def _epoch(self, epoch: int) -> tuple[list[Example], list[list[list[int]]]]:
+        examples = mix(self.corpus.training, seed=self.seed, epoch=epoch)
+        return examples, self._plan(examples, epoch)
+
+    def _plan(self, examples: list[Example], epoch: int) -> list[list[list[int]]]:
+        lengths = [len(example.ids) for example in examples]
+        options = {"batch_size": self.batch_size, "max_length": self.max_length, "packing": self.packing}
+        return plan_batches(lengths, seed=self.seed, epoch=epoch, **options)
+
+    def _collate(self, examples: list[Example], rows: list[list[int]]) -> Batch:
+        return collate([[examples[i] for i in row] for row in rows], self.pad_id)
+
+
+def load_corpus(
+    training: Sequence[Source],
+    validation: Sequence[Source],
+    tokenizer: Any,
+    encoding: Encoding,
+    *,
+    held_out: float = 0.0,
+    seed: int = 0,
+) -> Corpus:
+    """Read, split and encode data files; the share `held_out` of the training rows becomes validation.
+
+    Raises DataError for a file or row that cannot be used, and when no row is left to train on.
+    """
+    taught, held, files = [], [], []
+    for source in training:
+        learned, kept = _split(_records(source), tokenizer, encoding, held_out, seed)
+        taught.append((learned, source.weight))
+        held += kept
+        files.append(_entry(source, "training", learned, kept))
+    for source in validation:
+        kept = _encode(_records(source), tokenizer, encoding)
+        held += kept
+        files.append(_entry(source, "validation", [], kept))
+    taught = [(examples, weight) for examples, weight in taught if examples]
+    if not taught:
+        raise DataError("no row is left to train on; lower validation_fraction or give more rows")
+    return Corpus(taught, held, files)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the hexadecimal sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _records(source: Source) -> list[Record]:
+    return read_records(source.path, source.format, source.columns)
+
+
+def _encode(records: list[Record], tokenizer: Any, encoding: Encoding) -> list[Example]:
+    return build_examples(records, tokenizer, **vars(encoding))
+
+
+def _split(
+    records: list[Record], tokenizer: Any, encoding: Encoding, share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Return (training, validation) examples; windows of one long text are held out by their place in it."""
+    if not share:
+        return _encode(records, tokenizer, encoding), []
+    fractions = {"training": 1 - share, "validation": share}
+    if any(record.document for record in records):
+        parts = split_by_hash(_encode(records, tokenizer, encoding), fractions, seed, lambda e: e.origin)
+        return parts["training"], parts["validation"]
+    parts = split_by_hash(records, fractions, seed, question_key)
+    learned, held = (_encode(part, tokenizer, encoding) if part else [] for part in parts.values())
+    return learned, held
+
+
+def _entry(source: Source, role: str, learned: list[Example], held: list[Example]) -> dict[str, Any]:
+    """Describe a file for the run folder."""
+    return {
+        "path": source.path,
+        "role": role,
+        "sha256": file_sha256(source.path),
+        "weight": source.weight,
+        "format": source.format,
+        "columns": source.columns,
+        "training_examples": len(learned),
+        "validation_examples": len(held),
+        "training_tokens": sum(len(example.ids) for example in learned),
+        "target_tokens": sum(sum(example.targets) for example in learned),
+    }
