@@ -52,30 +52,27 @@ def plot_losses(path: Path, lines: list[dict[str, Any]]) -> bool:
 
 
 def _result(outcome: dict[str, Any], evaluations: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
-    """Say how the run ended, in a table."""
-    rows = [("how it ended", f"{outcome['status']}, {outcome['steps']:,} steps")]
-    if outcome["base_loss"] is not None:
-        rows.append(("validation loss before", f"{outcome['base_loss']:.4f}"))
-    if outcome["best_loss"] is not None:
-        rows.append(("validation loss, best", f"{outcome['best_loss']:.4f} at step {outcome['best_step']:,}"))
-        rows.append(("validation loss, last", f"{evaluations[-1]['validation_loss']:.4f}"))
-    if steps:
-        rows.append(("training loss, last step", f"{steps[-1]['loss']:.4f}"))
-    rate = outcome["target_tokens"] / max(outcome["seconds"], 1e-9)
-    rows.append(("target tokens", f"{outcome['target_tokens']:,} ({rate:,.0f} per second)"))
-    rows.append(("training time", f"{outcome['seconds']:,.1f} s"))
-    rows.append(("peak memory", f"{outcome['peak_rss_mb']:,.0f} MB"))
-    table = "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
-    parted = overfitting(evaluations)
-    if parted:
-        table += (
+    """Say how the run ended, in a table, and what to think of it."""
+    base, best, tokens = outcome["base_loss"], outcome["best_loss"], outcome["target_tokens"]
+    rows = {
+        "how it ended": f"{outcome['status']}, {outcome['steps']:,} steps",
+        "validation loss before": base and f"{base:.4f}",
+        "validation loss, best": best and f"{best:.4f} at step {outcome['best_step']:,}",
+        "validation loss, last": best and f"{evaluations[-1]['validation_loss']:.4f}",
+        "training loss, last step": steps and f"{steps[-1]['loss']:.4f}",
+        "target tokens": f"{tokens:,} ({tokens / max(outcome['seconds'], 1e-9):,.0f} per second)",
+        "training time": f"{outcome['seconds']:,.1f} s",
+        "peak memory": f"{outcome['peak_rss_mb']:,.0f} MB",
+    }
+    text = "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value)
+    if parted := overfitting(evaluations):
+        text += (
             f"\n**Over-fitting**: after step {parted['step']:,} the validation loss rose while the training loss "
             "went on falling. More data, fewer epochs, a lower rank or dropout help.\n"
         )
-    if outcome["best_loss"] is not None and outcome["base_loss"] is not None:
-        if outcome["best_loss"] >= outcome["base_loss"]:
-            table += "\n**No gain**: no step had a lower validation loss than the base model.\n"
-    return table
+    if best and base and best >= base:
+        text += "\n**No gain**: no step had a lower validation loss than the base model.\n"
+    return text
 
 
 def _data(files: list[dict[str, Any]]) -> str:
@@ -92,28 +89,30 @@ def _data(files: list[dict[str, Any]]) -> str:
 def _usage(config: TrainConfig, outcome: dict[str, Any]) -> str:
     """Say how to load the result, here and elsewhere."""
     result = outcome["result"]
+    model, folder = config.model, str(result)
+    commands = [f"python -m minitune.generate --model {folder} --chat"]
     if config.method == "lora":
-        ours = f"python -m minitune.generate --model {config.model} --adapter {result} --chat"
-        theirs = f"model = PeftModel.from_pretrained(base, {str(result)!r})  # peft"
-    else:
-        ours = f"python -m minitune.generate --model {result} --chat"
-        theirs = f"model = AutoModelForCausalLM.from_pretrained({str(result)!r})  # transformers"
+        folder = str(result.with_name("merged"))
+        commands = [
+            f"python -m minitune.generate --model {model} --adapter {result} --chat",
+            f"python -m minitune.export --model {model} --adapter {result} --merge --output {folder}",
+        ]
     which = "the best validation loss" if outcome["best_step"] is not None else "the last step"
-    return f"## Use it\n\nThe weights of {which}:\n\n```\n{ours}\n```\n\n```python\n{theirs}\n```\n"
+    theirs = f"transformers.AutoModelForCausalLM.from_pretrained({folder!r})"
+    shell, python = "\n".join(commands), "```python\n" + theirs + "\n```"
+    return f"## Use it\n\nThe weights of {which}:\n\n```\n{shell}\n```\n\n{python}\n"
 
 
 def _samples(evaluations: list[dict[str, Any]]) -> str:
     """Show the sampled answers before and after."""
     if not evaluations or not evaluations[-1]["samples"]:
         return ""
+    first, last = evaluations[0], evaluations[-1]
     text = "## Samples\n"
-    for before, after in zip(evaluations[0]["samples"], evaluations[-1]["samples"], strict=False):
-        for name, value in (
-            ("Prompt", after["prompt"]),
-            ("Expected", after["expected"]),
-            (f"Step {evaluations[0]['step']}", before["answer"]),
-            (f"Step {evaluations[-1]['step']}", after["answer"]),
-        ):
+    for before, after in zip(first["samples"], last["samples"], strict=True):
+        shown = {"Prompt": after["prompt"], "Expected": after["expected"]}
+        shown |= {f"Step {first['step']}": before["answer"], f"Step {last['step']}": after["answer"]}
+        for name, value in shown.items():
             text += f"\n**{name}**\n\n" + "".join(f"    {line}\n" for line in value.splitlines() or [""])
         text += "\n---\n"
     return text

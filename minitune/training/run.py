@@ -47,6 +47,7 @@ from minitune.training.report import write_report
 
 CONTENTS = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "tensorboard", "checkpoints",
             "adapter", "model", "report.md", "loss.png")  # fmt: skip
+FEW_STEPS = 10  # a rate that warms up and decays within fewer has hardly moved anything
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "jinja2", "gguf")
 
 
@@ -231,6 +232,8 @@ def _announce(job: Job, corpus: Corpus) -> None:
     )
     if leaked := corpus.leaked():
         job.journal.say(f"{leaked} validation examples are training examples too: the loss on them proves nothing")
+    if job.total_steps < FEW_STEPS:
+        job.journal.say(f"only {job.total_steps} steps: more epochs or fewer accumulation_steps give more")
     if not corpus.validation:
         job.journal.say("no validation rows: over-fitting will not be seen")
 
