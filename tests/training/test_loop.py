@@ -12,6 +12,8 @@ from minitune.checkpoint.load import load_model
 from minitune.data.batching import Batch, collate
 from minitune.data.examples import Example
 from minitune.errors import TrainingError
+from minitune.model.config import LoRAConfig
+from minitune.model.lora import add_lora
 from minitune.training import loop, state
 from minitune.training.config import EvaluationConfig, LoRAOptions, OptimizerConfig, ScheduleConfig, TrainConfig
 from minitune.training.evaluate import validation_loss
@@ -177,6 +179,18 @@ def test_validation_loss_does_not_depend_on_batching_and_draws_nothing(tiny_mode
     ]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_validation_is_without_dropout(tiny_model):
+    losses = []
+    for dropout in (0.0, 0.5):
+        model = load_model(tiny_model, dtype=torch.float32)
+        for lora in add_lora(model, LoRAConfig(rank=4, dropout=dropout)).values():
+            torch.nn.init.normal_(lora.B, std=0.5, generator=torch.Generator().manual_seed(1))
+        model.train()
+        losses.append(validation_loss(model, eight_by_one(), supervised, lambda: False))
+        assert model.training, "and training goes on with it"
+    assert losses[0] == losses[1]
 
 
 def test_more_evaluations_do_not_change_the_run(make_config, straight):

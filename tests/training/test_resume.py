@@ -60,6 +60,11 @@ def half_a_file(path, tensors):
 state_writer = state.write_tensors
 
 
+def test_every_step_and_evaluation_is_recorded_once(straight):
+    assert [line["step"] for line in straight["metrics"] if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in straight["metrics"] if "validation_loss" in line] == [0, 4, 8, 12]
+
+
 def test_two_runs_agree_and_another_seed_does_not(make_config, straight):
     assert outcome(train(make_config("again")).folder) == straight
     assert outcome(train(make_config("other", seed=1)).folder)["result"] != straight["result"]
