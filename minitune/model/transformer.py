@@ -54,6 +54,7 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # (B, T, H d) -> (B, T, H, d)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, T, H, d) -> (B, H, T, d)
+        v = v.contiguous()  # a view would keep the joint q, k, v alive until the backward pass
         if cache is not None:
             k, v = cache.append(self.index, k, v)
         out = attention(q, k, v, seen)

@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dweight is not None:
             hidden, weight, targets = again
             alike = bool((dlosses == dlosses[0]).all())
-            dweight = (dweight * dlosses[0]).to(weight.dtype) if alike else _weight_gradient(*again, dlosses)
+            dweight = dweight.mul_(dlosses[0]).to(weight.dtype) if alike else _weight_gradient(*again, dlosses)
         return dhidden * dlosses[:, None].to(dhidden.dtype), dweight, None
 
 
