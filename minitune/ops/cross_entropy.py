@@ -59,9 +59,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dlosses):
         dhidden, dweight, *again = ctx.saved_tensors
         if dweight is not None:
-            hidden, weight, targets = again
-            alike = bool((dlosses == dlosses[0]).all())
-            dweight = dweight.mul_(dlosses[0]).to(weight.dtype) if alike else _weight_gradient(*again, dlosses)
+            _, weight, _ = again
+            if not (dlosses == dlosses[0]).all():
+                dweight = _weight_gradient(*again, dlosses)
+            elif dlosses[0] != 1:  # 1 is a plain sum, the loop's case: no copy then
+                dweight = dweight * dlosses[0]
+            dweight = dweight.to(weight.dtype)
         return dhidden * dlosses[:, None].to(dhidden.dtype), dweight, None
 
 
