@@ -88,7 +88,7 @@ def _best(work, repeats: int = 6) -> float:
 
 
 def measure_rates(size: int = 2048) -> dict[str, float]:
-    """Measure matmul rates (flop/s) in fp32, fp32 "medium" and bf16, the error of "medium", and bytes/s of a copy."""
+    """Measure flop/s of matmuls in fp32, "medium" and bf16, the error of "medium", bytes/s of copying and reading."""
     import torch
 
     a, b = torch.randn(size, size), torch.randn(size, size)
@@ -104,6 +104,7 @@ def measure_rates(size: int = 2048) -> dict[str, float]:
     source = torch.randn(32 * 2**20)
     target = torch.empty_like(source)
     rates["copy"] = 2 * source.numel() * 4 / _best(lambda: target.copy_(source))  # read and written
+    rates["read"] = max(rates["copy"], source.numel() * 4 / _best(lambda: source.sum()))
     return rates
 
 

@@ -186,7 +186,7 @@ def floor_seconds(case: Case, cache: Path, rates: dict[str, float]) -> float | N
     if case.kind == "start":
         return None
     if case.kind == "generate":
-        return generation_seconds(config, PROMPT, NEW, 4 if case.dtype == "float32" else 2, rate, rates["copy"])
+        return generation_seconds(config, PROMPT, NEW, 4 if case.dtype == "float32" else 2, rate, rates["read"])
     lengths, targets = [case.length] * case.batch, case.batch * (case.length - 1)
     if case.kind == "rows":
         rows = json.loads((cache / "data.json").read_text(encoding="utf-8"))["rows"]

@@ -23,11 +23,13 @@ def table(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     rates = [result["rates"] for result in results["cases"].values() if "rates" in result]
     if rates:
-        best = {name: max(rate[name] for rate in rates) / 1e9 for name in ("float32", "medium", "bfloat16", "copy")}
+        best = {
+            name: max(rate[name] for rate in rates) / 1e9 for name in ("float32", "medium", "bfloat16", "copy", "read")
+        }
         error = rates[-1]["medium_error"]
         lines.append(
             f"matmul GFLOP/s: {best['float32']:.0f} fp32, {best['medium']:.0f} fp32 'medium' (error {error:.0e}), "
-            f"{best['bfloat16']:.0f} bf16; copy {best['copy']:.0f} GB/s"
+            f"{best['bfloat16']:.0f} bf16; copy {best['copy']:.0f} GB/s, read {best['read']:.0f}"
         )
     lines.append(f"{results['date']}: {machine['processor']}, {machine['threads']} threads on each side; {versions}")
     lines.append("times are medians; ratios are ours / peer, of seconds and of peak resident memory; "

@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,7 @@ def _threads() -> int:
 def _versions() -> dict[str, str]:
     """Return the versions of what was imported."""
     names = ("torch", "transformers", "peft", "trl", "litgpt", "torchtune", "minitune")
-    found = {name: getattr(sys.modules.get(name), "__version__", None) for name in names}
-    return {name: str(version) for name, version in found.items() if version}
+    return {name: metadata.version(name) for name in names if name in sys.modules}
 
 
 def read_data(cache: Path) -> dict[str, Any]:
