@@ -29,15 +29,18 @@ SOURCE = "rotten_tomatoes"
 FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 WINDOW = 512  # tokens, for perplexity
 SHOTS = 8
-# Ways of asking: system message and the user's. The first is what the model is trained with.
-INSTRUCTION = "Is this film review positive or negative? Answer with one word."
+# Ways of asking: system message and the user's. The first, and shortest, is what the model is trained with.
+QUESTION = "Is this review positive or negative?"
+INSTRUCTION = QUESTION + " Answer with one word."
 TEMPLATES = {
+    "question as system message": (QUESTION, "{}"),
     "instruction as system message": (INSTRUCTION, "{}"),
     "instruction before the review": (None, INSTRUCTION + "\n\nReview: {}"),
     "instruction after the review": (None, "Review: {}\n\n" + INSTRUCTION),
     "fill in": ("You label film reviews.", "Review: {}\nSentiment (positive or negative):"),
 }
 TRAINED = next(iter(TEMPLATES))
+SHOWN = ("instruction as system message", "fill in")  # asked with answered examples too
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class DemoConfig:
     """The training: a recipe's name or a YAML file."""
     train_rows: int = 2400
     """Reviews to learn from."""
-    validation_rows: int = 200
+    validation_rows: int = 160
     """Reviews that the base model's prompt is chosen on and the training is watched with."""
     test_rows: int = 600
     """Reviews that both models are measured on; no other step sees them."""
@@ -221,7 +224,7 @@ class Measured:
         """Choose the prompt that the untrained model answers best on validation rows, and measure with it."""
         model, tokenizer = self._load(None)
         shots = _balanced(self.splits["train"], SHOTS)
-        ways = [(name, []) for name in TEMPLATES] + [(name, shots) for name in TEMPLATES]
+        ways = [(name, []) for name in TEMPLATES] + [(name, shots) for name in SHOWN]
         tried = {}
         for name, examples in ways:
             title = f"{name}, {len(examples)} examples"
@@ -293,11 +296,14 @@ def finish(folder: Path, config: DemoConfig, plan: TrainConfig, base: dict, trai
     with atomic_file(folder / "results.json") as place:
         place.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(base, tuned))
-    print(f"training: {trained['steps']} steps, {trained['target_tokens']:,} target tokens, {trained['seconds']:.0f} s")
+    files = json.loads((Path(plan.output) / "data.json").read_text(encoding="utf-8"))
+    tokens = sum(file["training_tokens"] for file in files) * (plan.epochs or 1)
+    print(f"training: {trained['steps']} steps, {tokens:,.0f} tokens ({trained['target_tokens']:,} targets) in "
+          f"{trained['seconds']:.0f} s, {tokens / trained['seconds']:.0f} tokens/s")  # fmt: skip
     print(f"all steps: {seconds:.0f} s, peak memory {peak:,.0f} MB")
     print(f"written: {folder}/results.json, data in {folder}/data, training run and report in {plan.output}")
     print(f"chat with it: python -m minitune.generate --model {config.model} --adapter {trained['result']} --chat"
-          f' --system "{INSTRUCTION}"')  # fmt: skip
+          f' --system "{QUESTION}"')  # fmt: skip
 
 
 def table(base: dict[str, Any], tuned: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ def test_whole_run_then_again(stage, tmp_path, monkeypatch, capsys):
     for part in ("base", "tuned"):
         assert wanted <= set(result[part])
         assert result[part]["rows"] == 10
-    assert len(result["base"]["prompts_tried"]) == 2 * len(demo.TEMPLATES)
+    assert len(result["base"]["prompts_tried"]) == len(demo.TEMPLATES) + len(demo.SHOWN)
     best = max(result["base"]["prompts_tried"].values())
     assert result["base"]["prompts_tried"][result["base"]["prompt"]] == best
     # A target is the label's letters, one token each here, and the end of the turn.
