@@ -38,9 +38,7 @@ def parse(
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     arguments = _normalised(list(sys.argv[1:] if argv is None else argv), option_names(config_class, kind=bool))
-    parser = jsonargparse.ArgumentParser(
-        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
-    )
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a recipe's name or a YAML file with these options")
     parser.add_class_arguments(config_class, skip={positional} if positional else None)
     if positional:

@@ -89,9 +89,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     text = "" if config.perplexity is None else read_text(resolve(config.perplexity))
     tokenizer = load_tokenizer(config.model)
     device = choose_device(config.device)
-    model = load_model(
-        config.model, dtype=choose_dtype(config.dtype, device), device=device, adapter=config.adapter
-    )
+    model = load_model(config.model, dtype=choose_dtype(config.dtype, device), device=device, adapter=config.adapter)
     start = time.monotonic()
     result: dict[str, Any] = {"model": config.model, "adapter": config.adapter}
     if rows:

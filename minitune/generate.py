@@ -1,8 +1,8 @@
 """Command: ask a model. One prompt, a conversation in the terminal, or a file of prompts.
 
-    python -m minitune.generate --model M --prompt "..."             # streams the answer
-    python -m minitune.generate --model M --adapter A --chat         # /reset, /exit, Ctrl-C stops an answer
-    python -m minitune.generate --model M --input prompts.jsonl --output answers.jsonl
+python -m minitune.generate --model M --prompt "..."             # streams the answer
+python -m minitune.generate --model M --adapter A --chat         # /reset, /exit, Ctrl-C stops an answer
+python -m minitune.generate --model M --input prompts.jsonl --output answers.jsonl
 """
 
 import json
@@ -105,9 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = load_tokenizer(config.model)
     device = choose_device(config.device)
-    model = load_model(
-        config.model, dtype=choose_dtype(config.dtype, device), device=device, adapter=config.adapter
-    )
+    model = load_model(config.model, dtype=choose_dtype(config.dtype, device), device=device, adapter=config.adapter)
     if config.chat:
         chat(model, tokenizer, config)
     elif config.input is not None:

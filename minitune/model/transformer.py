@@ -125,8 +125,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config, dtype, device)
-        self.lm_head = None if config.tie_embeddings else Linear(
-            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else Linear(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device))
         )
         self.gradient_checkpointing = False
         if init:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 128  # queries whose scores exist at a time in the backward pass
+GRAIN = 32  # keys; the matmul library keeps a plan for every shape, so there are to be few shapes
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Visibility:
     causal: bool
     """With no mask: True, a query sees itself and earlier; False, it sees all keys."""
     block_starts: tuple[int, ...] = ()
-    """First key that any query of each block of BLOCK queries sees; empty: 0 for all."""
+    """First key that any query of each block of BLOCK queries sees, rounded down; empty: 0 for all."""
 
 
 def visibility(positions: torch.Tensor, offset: int = 0) -> Visibility:
@@ -44,7 +45,7 @@ def visibility(positions: torch.Tensor, offset: int = 0) -> Visibility:
     first = query[None] - positions[:, :, None]  # (B, T, 1)
     mask = ((key <= query) & (key >= first))[:, None]
     starts = first.amin(0).flatten()  # (T,)
-    blocks = tuple(int(part.min()) for part in starts.split(BLOCK)) if offset == 0 else ()
+    blocks = tuple(int(part.min()) // GRAIN * GRAIN for part in starts.split(BLOCK)) if offset == 0 else ()
     return Visibility(mask, causal=False, block_starts=blocks)
 
 

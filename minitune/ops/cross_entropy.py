@@ -9,10 +9,18 @@ Recomputing every chunk in the backward pass (as checkpointing does) was rejecte
 """
 
 import torch
+import torch.nn.functional as F
 
 from minitune.ops.precision import wide_dtype, widen
 
 CHUNK = 128  # rows; 128 x 49,152 fp32 logits are 25 MB
+GRAIN = 32  # rows; the CPU's matmul library keeps a plan for every shape, so there are to be few shapes
+
+
+def _fill(hidden, targets):
+    """Add rows of zeros, with target 0, up to a multiple of GRAIN; they add nothing to the gradient of the head."""
+    missing = -len(targets) % GRAIN
+    return F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
 
 
 def _chunk_gradient(hidden, weight, targets, losses=None):
@@ -41,7 +49,8 @@ def _weight_gradient(hidden, weight, targets, scale):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        wide = wide_dtype(hidden.dtype)
+        ctx.count, wide = len(targets), wide_dtype(hidden.dtype)
+        hidden, targets = _fill(hidden, targets)
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(hidden)
         train_head = ctx.needs_input_grad[1]
@@ -53,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dweight is not None:
                 dweight += gradient.T @ hidden[part]
         ctx.save_for_backward(dhidden, dweight, *((hidden, weight, targets) if train_head else ()))
-        return losses
+        return losses[: ctx.count]
 
     @staticmethod
     def backward(ctx, dlosses):
@@ -61,11 +70,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dweight is not None:
             _, weight, _ = again
             if not (dlosses == dlosses[0]).all():
-                dweight = _weight_gradient(*again, dlosses)
+                dweight = _weight_gradient(*again, F.pad(dlosses, (0, len(dhidden) - ctx.count)))
             elif dlosses[0] != 1:  # 1 is a plain sum, the loop's case: no copy then
                 dweight = dweight * dlosses[0]
             dweight = dweight.to(weight.dtype)
-        return dhidden * dlosses[:, None].to(dhidden.dtype), dweight, None
+        return dhidden[: ctx.count] * dlosses[:, None].to(dhidden.dtype), dweight, None
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

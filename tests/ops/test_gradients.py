@@ -112,9 +112,7 @@ def test_an_input_that_is_made_again_gives_the_same_gradients():
     gate, up, weight = draw(3, 4), draw(3, 4, seed=1), draw(2, 4, seed=2)
     adapter = Adapter(draw(2, 4, seed=3), draw(2, 2, seed=4), 2.0)
     assert gradcheck(
-        lambda gate, up, weight, A, B: projections(
-            Remade.of(swiglu, gate, up), [weight], [None], [Adapter(A, B, 2.0)]
-        ),
+        lambda gate, up, weight, A, B: projections(Remade.of(swiglu, gate, up), [weight], [None], [Adapter(A, B, 2.0)]),
         (gate, up, weight, adapter.A, adapter.B),
     )
     kept = []
@@ -127,6 +125,7 @@ def test_an_input_that_is_made_again_gives_the_same_gradients():
 @pytest.mark.parametrize("weighted", [False, True])
 def test_linear_cross_entropy(monkeypatch, weighted):
     monkeypatch.setattr("minitune.ops.cross_entropy.CHUNK", 3)
+    monkeypatch.setattr("minitune.ops.cross_entropy.GRAIN", 4)
     hidden, head = draw(7, 4), draw(11, 4, seed=1)
     targets = torch.tensor([0, 10, 3, 3, 7, 1, 5])
     eager = F.cross_entropy(hidden @ head.T, targets, reduction="none")
@@ -141,6 +140,7 @@ def test_linear_cross_entropy(monkeypatch, weighted):
 @pytest.mark.parametrize("packed", [False, True])
 def test_blocked_attention_gradient(monkeypatch, length, block, packed):
     monkeypatch.setattr(attention_module, "BLOCK", block)
+    monkeypatch.setattr(attention_module, "GRAIN", 2)
     q, k, v = draw(2, 4, length, 2), draw(2, 2, length, 2, seed=1), draw(2, 2, length, 2, seed=2)
     positions = torch.arange(length).repeat(2, 1)
     if packed:

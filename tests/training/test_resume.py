@@ -170,9 +170,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("file,damage", DAMAGES)
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(
-    make_config, straight, file, damage, capfd
-):
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(make_config, straight, file, damage, capfd):
     config = make_config()
     assert wait(in_child(config, before_call(loop, "_accumulate", 20, lambda *_: die()))) == KILLED
     path = config_folder(config) / "checkpoints" / "step-0000009" / file
