@@ -209,6 +209,8 @@ def main() -> None:
     if side == "probe":
         return probe(None, cache, channel)
     case = Case(**fields)
+    if side == "ours":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch loads, as every command of ours does
     if case.medium:
         import torch
 

@@ -7,6 +7,7 @@ hide our own bugs behind a friendly line.
 
 import difflib
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -64,7 +65,10 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Run a door's `main`, exit with its code; user errors become one line on stderr and exit code 2.
 
     Ctrl-C exits with 130, as shells expect. Anything else keeps its traceback: it is our defect.
+    Before `main` loads torch, torch is asked to use 2 MB pages for tensors on Linux: a LoRA step of a 135M model
+    in bf16 (4 x 256) takes 6 to 13% less time (`THP_MEM_ALLOC_ENABLE=0` in the environment turns it off).
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         code = main()
     except KeyboardInterrupt:
