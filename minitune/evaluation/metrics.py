@@ -22,9 +22,7 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tup
     return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
 
 
-def confusion_matrix(
-    expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
-) -> list[list[int]]:
+def confusion_matrix(expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
     """Count answers: row = expected label, column = predicted label; the last column is whatever is none.
 
     Args:
