@@ -32,6 +32,15 @@ class LoRA(nn.Module):
             self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
             self.B.zero_()
 
+    def _apply(self, fn, recurse=True):
+        """Move as nn.Module does, but never narrow: casting the model to bf16 leaves its adapters in fp32."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.dtype.itemsize < tensor.dtype.itemsize else result
+
+        return super()._apply(moved, recurse)
+
 
 class Linear(nn.Module):
     """y = x W^T + b, W (out, in), plus the update in slot `lora` where there is one."""

@@ -69,7 +69,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> dict[str
     added = {}
     for path, layer in targets.items():
         out_features, in_features = layer.weight.shape
-        layer.lora = LoRA(config, in_features, out_features, layer.weight.device)
+        layer.lora = LoRA(config, in_features, out_features, layer.weight.device).train(layer.training)
         layer.lora.reset(generator)
         added[path] = layer.lora
     return added

@@ -59,13 +59,27 @@ def test_a_fresh_adapter_is_nothing_and_is_drawn_from_its_seed():
 
 def test_dropout_acts_in_training_only():
     ours, _ = twins(kv_heads=2)
+    ours.eval()  # as `load_model` returns it: an adapter added later takes the mode over
     for adapter in add_lora(ours, LoRAConfig(rank=2, dropout=0.5)).values():
         adapter.B.data.fill_(0.1)
     ids = torch.randint(0, 101, (1, 5))
+    assert torch.equal(ours(ids), ours(ids))
     ours.train()
     assert not torch.equal(ours(ids), ours(ids))
     ours.eval()
     assert torch.equal(ours(ids), ours(ids))
+
+
+def test_a_cast_of_the_model_rounds_no_adapter_and_frees_no_weight():
+    ours, _ = twins(kv_heads=2)
+    adapters = add_lora(ours, LoRAConfig(rank=2))
+    drawn = {path: adapter.A.clone() for path, adapter in adapters.items()}
+    ours.bfloat16()
+    assert ours.head_weight.dtype == torch.bfloat16
+    assert all(torch.equal(adapter.A, drawn[path]) for path, adapter in adapters.items())
+    assert all(".lora." in name for name in trainable_parameters(ours))
+    ours.double()
+    assert all(parameter.dtype == torch.float64 for parameter in ours.parameters())
 
 
 @pytest.mark.parametrize(
