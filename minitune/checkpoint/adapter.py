@@ -47,7 +47,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
     try:
         config = LoRAConfig(
             rank=fields["r"],
-            alpha=fields.get("lora_alpha", fields["r"]),
+            alpha=fields.get("lora_alpha", 8),  # PEFT's default
             dropout=fields.get("lora_dropout") or 0.0,
             rslora=bool(fields.get("use_rslora")),
         )

@@ -83,6 +83,15 @@ def test_pefts_loads_in_ours(base, tmp_path, options):
     assert close(load_model(base, adapter=folder)(IDS), expected)
 
 
+@torch.no_grad()
+def test_a_config_without_alpha_means_what_it_means_to_peft(base, tmp_path):
+    folder, _ = peft_folder(base, tmp_path)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "lora_alpha"}))
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    assert close(load_model(base, adapter=folder)(IDS), theirs(IDS).logits)
+
+
 @pytest.mark.parametrize(
     "field, value, expected",
     [
