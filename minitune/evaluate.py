@@ -39,8 +39,8 @@ class EvaluateConfig:
     """With perplexity: tokens between the starts of two windows (default: the window)."""
     max_tokens: int | None = None
     """With perplexity: use only the first tokens of the text (default: all)."""
-    batch_size: int = 32
-    """Prompts read at once; texts are read in windows of together as many tokens as 4 x 1024."""
+    batch_size: int | None = None
+    """With classify: prompts read at once (default 32); texts are read 4 x 1024 tokens at a time."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and arithmetic; auto is bfloat16 where the processor is fast at it."""
     device: str = "auto"
@@ -53,7 +53,8 @@ class EvaluateConfig:
         if self.classify is not None and self.labels is None:
             raise ConfigError("labels are missing; name them, as in --labels positive,negative")
         belongs = {"labels": "classify", "max_rows": "classify", "max_new_tokens": "classify",
-                   "window": "perplexity", "stride": "perplexity", "max_tokens": "perplexity"}  # fmt: skip
+                   "batch_size": "classify", "window": "perplexity", "stride": "perplexity",
+                   "max_tokens": "perplexity"}  # fmt: skip
         for name, needed in belongs.items():
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise ConfigError(f"{name} is set without {needed}, which it belongs to; leave it out")
@@ -108,7 +109,7 @@ def _classify(model: Any, tokenizer: Any, rows: list, config: EvaluateConfig) ->
         return asdict(
             classify(
                 model, tokenizer, rows, config.labels.split(","), max_new_tokens=config.max_new_tokens or 16,
-                batch_size=config.batch_size, on_batch=bar.update,
+                batch_size=config.batch_size or 32, on_batch=bar.update,
             )
         )  # fmt: skip
 

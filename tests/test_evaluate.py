@@ -69,7 +69,8 @@ def test_perplexity_equals_transformers(tiny, tmp_path, capsys):
         (("--classify", "x.jsonl", "--labels", "a"), "at least two different ones"),
         (("--perplexity", "x.txt", "--labels", "a,b"), "labels is set without classify"),
         (("--classify", "x.jsonl", "--labels", "a,b", "--window", "4"), "window is set without perplexity"),
-        (("--perplexity", "x.txt", "--batch_size", "0"), "batch_size is 0"),
+        (("--perplexity", "x.txt", "--batch_size", "4"), "batch_size is set without classify"),
+        (("--classify", "x.jsonl", "--labels", "a,b", "--batch_size", "0"), "batch_size is 0"),
     ],
 )
 def test_options_without_meaning_are_refused(tiny, tmp_path, monkeypatch, options, line):
