@@ -7,7 +7,6 @@ happens. The next writer of the same target removes what a dead writer left and 
 folder. Writing in place with a backup was rejected: a reader can meet the half-written state.
 """
 
-import hashlib
 import os
 import re
 import secrets
@@ -74,15 +73,6 @@ def clean_leftovers(path: Path) -> None:
             os.rename(sibling, path)
         else:
             _remove(sibling)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

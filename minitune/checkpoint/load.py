@@ -18,11 +18,11 @@ import torch
 from minitune.checkpoint.adapter import fail_listing, load_adapter
 from minitune.checkpoint.huggingface import open_folder, refuse_pickle
 from minitune.checkpoint.sources import resolve
+from minitune.device import DTYPES
 from minitune.errors import CheckpointError, ConfigError, nearest
 from minitune.model.config import ModelConfig
 from minitune.model.transformer import Transformer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _THREADS = 4
 _IGNORED = (".rotary_emb.inv_freq",)  # a table that old checkpoints store; it follows from the config
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from minitune.checkpoint.files import atomic_folder, file_sha256
+from minitune.checkpoint.files import atomic_folder
+from minitune.data.reading import file_sha256
 from minitune.errors import CheckpointError, FetchError, nearest
 
 if sys.version_info >= (3, 11):

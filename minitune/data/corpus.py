@@ -6,15 +6,14 @@ a resumed run asks for batch i and gets the same rows as a run that was never in
 and a position of its own was rejected: batches of token ids are made in a millisecond.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from minitune.data.batching import Batch, collate, mix, plan_batches
 from minitune.data.examples import Example, TrainOn, Truncate, build_examples
 from minitune.data.formats import FormatName, Record, read_records
+from minitune.data.reading import file_sha256
 from minitune.data.splits import question_key, split_by_hash
 from minitune.errors import DataError
 
@@ -127,15 +126,6 @@ def load_corpus(
     if not taught:
         raise DataError("no row is left to train on; lower validation_fraction or give more rows")
     return Corpus(taught, held, files)
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the hexadecimal sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _records(source: Source) -> list[Record]:

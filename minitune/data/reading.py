@@ -8,6 +8,7 @@ yielded as an error and the reading goes on where it can; a file that cannot be 
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import re
@@ -186,3 +187,12 @@ def _csv_rows(path: str, text: str, delimiter: str) -> Iterator[tuple[str, dict 
         elif row:
             problem = f"a CSV row of {len(row)} cells under a header of {len(header)}"
             yield origin, RowError(origin, problem, "quote fields that hold commas or line ends")
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the hexadecimal sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
