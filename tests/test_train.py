@@ -147,6 +147,14 @@ def test_resume_needs_no_other_option_and_refuses_changed_ones(train, tmp_path, 
     refused(train("--resume", "--method", "full"), "lora is set but method is full")
 
 
+def test_rows_beyond_the_positions_of_the_model_are_refused(train, tmp_path):
+    long = tmp_path / "long.jsonl"
+    long.write_text("\n".join(json.dumps({"prompt": f"{i}?", "completion": "yes " * 400}) for i in range(40)))
+    refused(train("--max_length", "4096", data=long), "long.jsonl:", "the model reads at most 256", "max_length")
+    assert not (tmp_path / "run").exists()
+    assert train("--max_length", "1024")[0] == 0, "packed rows may be longer: positions restart in each example"
+
+
 def test_validation_rows_that_are_training_rows_are_called_out(train, rows):
     lines = train("--validation", str(rows))[1]
     assert any(line.startswith("40 validation examples are training examples too") for line in lines)

@@ -200,7 +200,8 @@ def _record(job: Job, metrics: dict[str, float]) -> None:
 def _evaluate(job: Job, stopped: Callable[[], bool]) -> bool:
     """Measure the validation loss, answer the samples, keep the best weights; False when stopped meanwhile."""
     progress = job.progress
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    device = job.model.head_weight.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         loss = validation_loss(job.model, job.validation(), job.objective, stopped)
         if loss is None:
             return False

@@ -108,10 +108,12 @@ def _samples(evaluations: list[dict[str, Any]]) -> str:
     if not evaluations or not evaluations[-1]["samples"]:
         return ""
     first, last = evaluations[0], evaluations[-1]
+    before = {sample["prompt"]: sample["answer"] for sample in first["samples"]}  # a resumed run may ask others
     text = "## Samples\n"
-    for before, after in zip(first["samples"], last["samples"], strict=True):
+    for after in last["samples"]:
         shown = {"Prompt": after["prompt"], "Expected": after["expected"]}
-        shown |= {f"Step {first['step']}": before["answer"], f"Step {last['step']}": after["answer"]}
+        shown |= {f"Step {first['step']}": before.get(after["prompt"], "not asked")}
+        shown |= {f"Step {last['step']}": after["answer"]}
         for name, value in shown.items():
             text += f"\n**{name}**\n\n" + "".join(f"    {line}\n" for line in value.splitlines() or [""])
         text += "\n---\n"

@@ -86,6 +86,7 @@ def train(config: TrainConfig) -> TrainResult:
     stream = _load_data(config, tokenizer)
     corpus = stream.corpus
     model = load_model(config.model, dtype=dtype, device=device)
+    _check_lengths(corpus, model.config.max_positions)
     model.gradient_checkpointing = config.gradient_checkpointing
     base = state.base_fingerprint(model)
     torch.manual_seed(config.seed)
@@ -148,6 +149,17 @@ def choose_parameters(model: Transformer, config: TrainConfig) -> dict[str, nn.P
     return train_matching(model, r"\.lora\.")
 
 
+def _check_lengths(corpus: Corpus, positions: int) -> None:
+    """Refuse an example with more tokens than the model has positions; packed rows restart at 0 and may be longer."""
+    examples = [*corpus.validation, *(example for part, _ in corpus.training for example in part)]
+    longest = max(examples, key=lambda example: len(example.ids))
+    if len(longest.ids) > positions:
+        raise ConfigError(
+            f"{longest.origin} has {len(longest.ids)} tokens, but the model reads at most {positions}; "
+            f"set max_length to {positions} or less"
+        )
+
+
 def _check_folder(folder: Path, config: TrainConfig) -> None:
     """Refuse to write over another run, or to go on with one that is not there."""
     if config.resume:
@@ -184,7 +196,7 @@ def _write_run_files(folder: Path, config: TrainConfig, corpus: Corpus, environm
     """Write config, environment and data; clear an old run that is to be overwritten."""
     if config.resume:
         before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-        for name in ("torch", "processor", "threads"):
+        for name in ("torch", "processor", "device", "threads"):
             if before.get(name) != environment[name]:
                 change = f"{name} was {before.get(name)} and is now {environment[name]}"
                 _note(f"{change}: the run goes on, but not bit for bit as it would have")

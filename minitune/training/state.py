@@ -26,7 +26,7 @@ from torch import nn
 
 from minitune.checkpoint.files import atomic_folder, clean_leftovers
 from minitune.checkpoint.safetensors_io import read_tensors, write_tensors
-from minitune.data.corpus import file_sha256
+from minitune.data.reading import file_sha256
 from minitune.errors import CheckpointError
 from minitune.training.config import TrainConfig
 from minitune.training.optimizer import Optimizer
@@ -83,7 +83,9 @@ def fingerprint(config: TrainConfig, files: list[dict[str, Any]], base: str, dty
         f"data file {number}": [file[key] for key in ("role", "sha256", "weight", "format", "columns")]
         for number, file in enumerate(files, 1)
     }
-    return json.loads(json.dumps({**options, "dtype": dtype, **data, "base model": base}))
+    # A changed tokenizer or chat template makes other tokens of the same files.
+    tokens = [[file["training_tokens"], file["target_tokens"]] for file in files]
+    return json.loads(json.dumps({**options, "dtype": dtype, **data, "tokenised data": tokens, "base model": base}))
 
 
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
@@ -106,8 +108,9 @@ def save_checkpoint(
     """
     gradients = {f"gradient.{n}": p.grad for n, p in parameters.items() if progress.micro and p.grad is not None}
     window = {"random.cpu": torch.get_rng_state(), **gradients}
-    if torch.cuda.is_initialized():
-        window["random.cuda"] = torch.cuda.get_rng_state()
+    device = next(iter(parameters.values())).device
+    if device.type == "cuda":
+        window["random.cuda"] = torch.cuda.get_rng_state(device)
     folder = root / progress.name
     with atomic_folder(folder, overwrite=True) as temporary:
         for name, tensors in zip(FILES, (parameters, optimizer.state(), window), strict=True):
@@ -161,8 +164,9 @@ def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: Optimi
     optimizer.load(read_tensors(folder / "optimizer.safetensors"))
     window = read_tensors(folder / "window.safetensors")
     torch.set_rng_state(window["random.cpu"])
-    if "random.cuda" in window and torch.cuda.is_available():
-        torch.cuda.set_rng_state(window["random.cuda"])
+    device = next(iter(parameters.values())).device
+    if "random.cuda" in window and device.type == "cuda":
+        torch.cuda.set_rng_state(window["random.cuda"], device)
     for name, parameter in parameters.items():
         gradient = window.get(f"gradient.{name}")
         parameter.grad = None if gradient is None else gradient.to(parameter.device)

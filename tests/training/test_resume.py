@@ -213,6 +213,17 @@ def test_changed_data_and_another_model_are_refused(make_config, rows, tiny_fold
         train(dataclasses.replace(resumed(config), model=str(other)))
 
 
+def test_a_changed_tokenizer_is_refused(make_config, tiny_folder, tmp_path):
+    config = make_config(max_steps=3, model=str(tiny_folder(tmp_path / "model")))
+    train(config)
+    tokenizer = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    tokenizer.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="tokenised data"):
+        train(resumed(config))
+
+
 def test_moved_data_and_more_checkpoints_are_no_change(make_config, rows, tmp_path, straight):
     config = make_config()
     assert wait(in_child(config, before_call(loop, "_accumulate", 13, lambda *_: die()))) == KILLED
@@ -221,6 +232,14 @@ def test_moved_data_and_more_checkpoints_are_no_change(make_config, rows, tmp_pa
     changes = {"data": str(moved), "checkpoint": CheckpointConfig(every_steps=1, keep=5)}
     ours = outcome(train(dataclasses.replace(resumed(config), **changes)).folder)
     assert ours["result"] == straight["result"] and ours["metrics"] == straight["metrics"]
+
+
+def test_a_resumed_run_may_ask_more_samples(make_config):
+    config = make_config()
+    assert wait(in_child(config, before_call(loop, "_accumulate", 13, lambda *_: die()))) == KILLED
+    more = dataclasses.replace(config.evaluation, samples=2)
+    folder = train(dataclasses.replace(resumed(config), evaluation=more)).folder
+    assert (folder / "report.md").read_text().count("not asked") == 1
 
 
 def test_a_checkpoint_holds_only_what_trains_and_no_pickle(make_config):
