@@ -38,6 +38,10 @@ def parse(
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     arguments = _normalised(list(sys.argv[1:] if argv is None else argv), option_names(config_class, kind=bool))
+    files = [value.removeprefix("--config=") for value in arguments if value.startswith("--config=")]
+    files += [value for option, value in zip(arguments, arguments[1:], strict=False) if option == "--config"]
+    for file in files:
+        _check_file(file, config_class)
     parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a recipe's name or a YAML file with these options")
     parser.add_class_arguments(config_class, skip={positional} if positional else None)
@@ -46,20 +50,16 @@ def parse(
     try:
         fields = vars(parser.instantiate(parser.parse_args(arguments)))
     except (jsonargparse.ArgumentError, ValueError) as error:
-        given = [a for a in arguments if a.endswith((".yaml", ".yml"))]
-        in_file = re.search("config|Group|is not", str(error)) and given
-        place = f"{given[-1]}: " if in_file else ""
+        key = re.match(r'Parser key "([^"]+)"', str(error))
+        typed = key and any(re.match(rf"--{re.escape(key[1])}\b", argument) for argument in arguments)
+        in_file = files and not typed and (key or re.search("config|Group|is not", str(error)))
+        place = f"{files[-1]}: " if in_file else ""
         raise ConfigError(place + _one_line(str(error), option_names(config_class))) from None
     if positional and isinstance(fields[positional], list):
         fields[positional] = tuple(fields[positional])
     if positional and not fields[positional]:
         fields[positional] = _default(config_class, positional)
     return config_class(**{field.name: fields[field.name] for field in dataclasses.fields(config_class)})
-
-
-def load_yaml(config_class: type[Config], path: Path) -> Config:
-    """Return the `config_class` that a YAML file at `path` describes; errors as in `parse`."""
-    return parse(config_class, ["--config", str(path)], prog="config", description="")
 
 
 def option_names(config_class: type, prefix: str = "", kind: type | None = None) -> list[str]:
@@ -87,6 +87,8 @@ def _normalised(arguments: list[str], flags: list[str]) -> list[str]:
     """Spell `--max-length` as `--max_length`, a bare `--flag` as `--flag=true`, a recipe's name as its path."""
     result = []
     for i, argument in enumerate(arguments):
+        if not argument.isprintable() and any("\ud800" <= c <= "\udfff" for c in argument):
+            raise ConfigError(f"the argument {argument!a} is not UTF-8; rename that file or folder, or retype the text")
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             argument = f"--{name.replace('-', '_')}{equals}{value}"
@@ -111,6 +113,39 @@ def _recipe(name: str) -> str:
     recipes = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     known = ", ".join(recipes)
     raise ConfigError(f"--config {name}: no such file, nor a recipe ({known}){nearest(name, recipes)}")
+
+
+def _check_file(path: str, config_class: type) -> None:
+    """Refuse a YAML file that is broken, no list of options, or gives one twice, which YAML would let pass."""
+    import yaml
+
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the byte at offset {error.start} is not UTF-8; save the file as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}:{error.problem_mark.line + 1}: broken YAML ({error.problem})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: broken YAML ({error})") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: it holds no options; write each on a line, as in 'batch_size: 4'")
+    _refuse_twice(root, path)
+    hints = typing.get_type_hints(config_class)
+    for key, value in root.value:
+        if dataclasses.is_dataclass(hints.get(key.value)) and not isinstance(value, yaml.MappingNode):
+            inner = ", ".join(field.name for field in dataclasses.fields(hints[key.value]))
+            raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value} is no value but a group of: {inner}")
+
+
+def _refuse_twice(node: Any, path: str) -> None:
+    """Raise ConfigError where an object anywhere below `node` (of `yaml.compose`) has a key twice."""
+    children = node.value if isinstance(node.value, list) else []
+    keys = [child[0] for child in children if isinstance(child, tuple)]
+    for number, key in enumerate(keys):
+        if key.value in [earlier.value for earlier in keys[:number]]:
+            raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice; keep one of them")
+    for child in children:
+        _refuse_twice(child[1] if isinstance(child, tuple) else child, path)
 
 
 def _add_positional(parser: Any, config_class: type, name: str) -> None:
@@ -138,7 +173,8 @@ def _default(config_class: type, name: str) -> Any:
 
 
 _UNKNOWN = re.compile(
-    r"unrecognized arguments: (--\S+)|(?:Key|Option|option) '([^']+)'(?: is not (?:expected|accepted)|$)"
+    r"unrecognized arguments: (--\S+)|(?:Group '([^']+)'.*)?(?:Key|Option|option) '([^']+)'"
+    r"(?: is not (?:expected|accepted)|$)"
 )
 _WANTED = re.compile(r"Subtypes: \[(.*?)\] Errors|Expected an? (?:typing\.)?(.*?)\. Got value")
 _GOT = re.compile(r"(?:Given|Got) value: (.*)")
@@ -149,11 +185,18 @@ def _one_line(message: str, names: list[str]) -> str:
     message = " ".join(message.split())
     unknown = _UNKNOWN.search(message)
     if unknown:
-        name = (unknown[1] or unknown[2]).split("=")[0].lstrip("-")
+        name = f"{unknown[2]}.{unknown[3]}" if unknown[2] else unknown[1] or unknown[3]
+        name = name.split("=")[0].lstrip("-")
         return f"unknown option '{name}'{_nearest_option(name, names)}"
     if message.startswith("unrecognized arguments: "):
         return f"unexpected argument '{message.split()[2]}'; options start with --, see --help"
+    lacking = re.search(r"arguments? (?:are required: |--)(\S+?)(:? expected one argument|$| -)", message)
+    if lacking and lacking[2].startswith(":"):
+        return f"option {lacking[1]}: its value is missing; one that starts with - is written --{lacking[1]}=VALUE"
+    if lacking:
+        return f"{lacking[1]} is missing; see --help"
     message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("NoneType", "null")
+    message = message.replace("typing.", "")
     key = re.match(r'Parser key "([^"]+)": (.*)', message)
     if not key:
         return message
@@ -164,14 +207,18 @@ def _one_line(message: str, names: list[str]) -> str:
 
 
 def _nearest_option(name: str, names: list[str]) -> str:
-    """Suggest an option for `name`: by its whole dotted name, or by its last part alone."""
-    leaf = name.rsplit(".", 1)[-1]
+    """Suggest an option for `name`: within its group, by its whole dotted name, or by its last part alone."""
+    group, _, leaf = name.rpartition(".")
     same_leaf = [n for n in names if n.rsplit(".", 1)[-1] == leaf]
     if same_leaf:
         return f"; did you mean '{same_leaf[0]}'?"
+    inside = [n.removeprefix(f"{group}.") for n in names if n.startswith(f"{group}.")]
+    if group and inside:
+        close = re.search(r"'(.+)'", nearest(leaf, inside))
+        return f"; did you mean '{group}.{close[1]}'?" if close else f"; {group} has {', '.join(inside)}"
     whole = nearest(name, names)
     if whole:
         return whole
-    by_leaf = {n.rsplit(".", 1)[-1]: n for n in names}
+    by_leaf = {n.rsplit(".", 1)[-1]: n for n in reversed(names)}
     close = re.search(r"'(.+)'", nearest(leaf, by_leaf))
     return f"; did you mean '{by_leaf[close[1]]}'?" if close else ""
