@@ -37,8 +37,10 @@ TEMPLATES = {
     "instruction as system message": (INSTRUCTION, "{}"),
     "instruction before the review": (None, INSTRUCTION + "\n\nReview: {}"),
     "instruction after the review": (None, "Review: {}\n\n" + INSTRUCTION),
+    "labels named": (None, "Classify the sentiment of this sentence as positive or negative. Answer with exactly one "
+                     "word, positive or negative.\n\nSentence: {}"),
     "fill in": ("You label film reviews.", "Review: {}\nSentiment (positive or negative):"),
-}
+}  # fmt: skip
 TRAINED = next(iter(TEMPLATES))
 SHOWN = ("instruction as system message", "fill in")  # asked with answered examples too
 

@@ -1,10 +1,13 @@
 """Classification by generated answer: the model is asked, and what it writes must be a label.
 
-Answers are greedy and compared after nothing but stripping white space: "Positive." is not "positive". Such
-an answer counts as wrong and as out of format, never as nearly right. Scoring the labels' probabilities
-instead was rejected: it hides that a model does not answer in the form that was asked for.
+Two questions are kept apart. Accuracy asks whether the answer is the right label when case, white space and
+punctuation around it are not looked at: "Positive." is positive, "It is positive" is no label and never right.
+Format compliance asks for exactly a label. Counting "Positive." as wrong was rejected: it makes a base model look
+worse than it is, and the gain of fine-tuning bigger. So was scoring the labels' probabilities: it hides that a
+model does not answer in the form that was asked for.
 """
 
+import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ from minitune.errors import ConfigError, DataError, nearest
 from minitune.evaluation.metrics import OTHER, accuracy, confusion_matrix, macro_f1, wilson_interval
 from minitune.model.transformer import Transformer
 from minitune.text.tokenizer import Tokenizer
+
+CUT = " [cut off]"
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,9 @@ class Classification:
     """How well answers match labels.
 
     `confusion` has a row per right label and a column per answered label, the last column for any other
-    answer; `format_compliance` is the share of answers that are exactly a label; `accuracy_interval` is
-    Wilson's 95% interval; `other_answers` are the most frequent answers outside the labels, with counts.
+    answer, read without case and punctuation; `format_compliance` is the share of answers that are exactly a
+    label but for white space around them; `accuracy_interval` is
+    Wilson's 95% interval; `other_answers` are the most frequent answers that are not exactly a label, with counts.
     """
 
     rows: int
@@ -117,22 +123,32 @@ def classify(
         max_new_tokens=max_new_tokens, raw=rows[0].raw, batch_size=batch_size, on_batch=on_batch,
     )  # fmt: skip
     # An answer that was cut off is marked, so that its beginning is never taken for a label.
-    predicted = [answer.text.strip() + ("" if answer.finished else " ...") for answer in answers]
+    predicted = [answer.text.strip() + ("" if answer.finished else CUT) for answer in answers]
     return summarize([row.label for row in rows], predicted, labels)
 
 
 def summarize(expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> Classification:
     """Count answers against the right labels and return every metric; a pure function."""
-    confusion = confusion_matrix(expected, predicted, labels)
+    confusion = confusion_matrix(expected, [_read(answer, labels) for answer in predicted], labels)
     rows, right = len(expected), sum(row[i] for i, row in enumerate(confusion))
     others = Counter(answer for answer in predicted if answer not in labels)
+    exact = rows - others.total()
     return Classification(
         rows=rows,
         accuracy=accuracy(confusion),
         accuracy_interval=wilson_interval(right, rows),
         macro_f1=macro_f1(confusion),
-        format_compliance=1 - sum(row[-1] for row in confusion) / rows,
+        format_compliance=exact / rows,
         labels=tuple(labels),
         confusion=confusion,
         other_answers=others.most_common(5),
     )
+
+
+def _read(answer: str, labels: Sequence[str]) -> str:
+    """Return the one label that the answer is but for case and what surrounds it, else the answer itself."""
+    if answer in labels or answer.endswith(CUT):
+        return answer
+    bare = answer.strip(string.punctuation + string.whitespace).casefold()
+    meant = [label for label in labels if label.casefold() == bare]
+    return meant[0] if len(meant) == 1 else answer

@@ -31,7 +31,7 @@ def rows(*labels: str) -> list[LabelledPrompt]:
     return [LabelledPrompt(f"review {i}", label, f"file:{i}") for i, label in enumerate(labels)]
 
 
-def test_only_an_answer_that_is_the_label_counts(answered):
+def test_case_and_punctuation_count_for_compliance_only(answered):
     asked = answered(
         Answer(" positive\n", 3, True),  # white space around it is not looked at
         Answer("Positive", 2, True),
@@ -39,15 +39,22 @@ def test_only_an_answer_that_is_the_label_counts(answered):
         Answer("positive", 16, False),  # cut off: more might have followed
         Answer("", 0, True),
         Answer("negative", 2, True),
+        Answer("It is positive", 4, True),  # no label, however right it sounds
     )
-    found = classify(None, None, rows(*["positive"] * 6), LABELS, max_new_tokens=16, batch_size=2)
-    assert found.confusion == [[1, 1, 4], [0, 0, 0]]
-    assert found.accuracy == 1 / 6
-    assert found.format_compliance == pytest.approx(2 / 6)
-    assert dict(found.other_answers) == {"Positive": 1, "positive.": 1, "positive ...": 1, "": 1}
-    assert asked["prompts"] == [f"review {i}" for i in range(6)]
+    found = classify(None, None, rows(*["positive"] * 7), LABELS, max_new_tokens=16, batch_size=2)
+    assert found.confusion == [[3, 1, 3], [0, 0, 0]]
+    assert found.accuracy == 3 / 7
+    assert found.format_compliance == pytest.approx(2 / 7)
+    others = ("Positive", "positive.", "positive [cut off]", "", "It is positive")
+    assert dict(found.other_answers) == dict.fromkeys(others, 1)
+    assert asked["prompts"] == [f"review {i}" for i in range(7)]
     assert (asked["max_new_tokens"], asked["batch_size"], asked["raw"]) == (16, 2, False)
     assert "sampling" not in asked  # greedy
+
+
+def test_labels_that_differ_in_case_only_are_matched_exactly(answered):
+    answered(Answer("A", 1, True), Answer("a", 1, True), Answer("a.", 1, True))
+    assert classify(None, None, rows("A", "A", "A"), ("A", "a")).confusion == [[1, 1, 1], [0, 0, 0]]
 
 
 def test_labels_are_matched_without_white_space_around_them(answered):

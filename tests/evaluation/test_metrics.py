@@ -15,7 +15,7 @@ LABELS = ("negative", "neutral", "positive")
 def answers(seed: int, *, other: bool = True) -> tuple[list[str], list[str]]:
     draw = random.Random(seed)
     expected = [draw.choice(LABELS) for _ in range(200)]
-    strange = ["Positive", "positive.", ""] if other else []
+    strange = ["It is positive", "positively", ""] if other else []
     return expected, [right if draw.random() < 0.6 else draw.choice([*LABELS, *strange]) for right in expected]
 
 
