@@ -68,6 +68,12 @@ def test_a_file_of_options_and_options_on_top(tmp_path):
         (["--max-lenght", "3"], "unknown option 'max_lenght'; did you mean 'max_length'?"),
         (["--max_length", "x"], "option max_length: expected int, got 'x'"),
         (["--part.rank", "x"], "option part.rank: expected int, null, got 'x'"),
+        (["--part.speed", "3"], "unknown option 'part.speed'; part has rank, name"),
+        (
+            ["--part.rank"],
+            "option part.rank: its value is missing; one that starts with - is written --part.rank=VALUE",
+        ),
+        (["--kind", "caf\udce9"], r"the argument 'caf\udce9' is not UTF-8"),
         (["--kind", "c"], "option kind: expected one of ['a', 'b'], got 'c'"),
         (["--config", "nothing"], "--config nothing: no such file, nor a recipe"),
     ],
@@ -81,10 +87,15 @@ def test_mistakes_are_one_line_with_the_nearest_name(argv, message):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("part: {rnk: 3}", "unknown option 'rnk'; did you mean 'part.rank'?"),
-        ("parts: {rank: 3}", "unknown option 'parts.rank'; did you mean 'part.rank'?"),
-        ("part: {rank: 3", "expected ',' or '}'"),
-        ("3", "Unexpected config"),
+        ("part: {rnk: 3}", ": unknown option 'part.rnk'; did you mean 'part.rank'?"),
+        ("max_length: big", ": option max_length: expected int, got 'big'"),
+        ("rate: 1\npart: 5", ":2: part is no value but a group of: rank, name"),
+        ("rate: 1\nrate: 2", ":2: rate is given twice; keep one of them"),
+        ("part:\n  rank: 1\n  rank: 2", ":3: rank is given twice"),
+        ("", ": it holds no options"),
+        ("parts: {rank: 3}", ": unknown option 'parts.rank'; did you mean 'part.rank'?"),
+        ("rate: 1\npart: {rank: 3", ":2: broken YAML (expected ',' or '}'"),
+        ("3", ": it holds no options"),
     ],
 )
 def test_mistakes_in_a_file_name_the_file(tmp_path, text, message):
@@ -93,7 +104,14 @@ def test_mistakes_in_a_file_name_the_file(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
         parse("f", "--config", str(path))
     line = str(caught.value)
-    assert line.startswith(f"{path}: ") and message in line and "\n" not in line
+    assert line.startswith(f"{path}{message}") and "\n" not in line
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_bytes("kind: ä".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"options\.yaml: the byte at offset 6 is not UTF-8"):
+        parse("f", "--config", str(path))
 
 
 def test_the_nearest_recipe_is_named():
@@ -102,5 +120,5 @@ def test_the_nearest_recipe_is_named():
 
 
 def test_missing_files_are_asked_for():
-    with pytest.raises(ConfigError, match="files"):
+    with pytest.raises(ConfigError, match="^files is missing; see --help$"):
         parse()

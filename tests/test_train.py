@@ -109,6 +109,8 @@ def test_an_adapter_is_trained_further(train, tmp_path):
         (["--method", "pattern", "--pattern", "nothing_here"], ["matches no parameter"]),
         (["--resume"], ["holds no run to resume"]),
         (["--device", "cuda:7"], ["cuda:7"]),
+        (["--seed", "9" * 20], ["seed is 999"]),
+        (["--validation", '[{"path":"rows.jsonl","wieght":1}]'], ["no list of files", "path, weight"]),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_folder(train, tmp_path, argv, parts):

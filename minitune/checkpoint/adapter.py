@@ -42,6 +42,10 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
         ConfigError: the model has an adapter already.
     """
     folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        inner = folder / "adapter"
+        instead = f"; give {inner}" if (inner / CONFIG).is_file() else "; give an adapter's folder, as training writes"
+        raise CheckpointError(f"{folder} holds no {CONFIG}{instead}")
     fields = read_json(folder / CONFIG)
     _check_fields(fields, folder / CONFIG)
     try:

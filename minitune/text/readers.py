@@ -43,7 +43,18 @@ def read_folder(folder: Path) -> tuple[Tokenizer, dict, list[int]]:
         return tokenizer, settings, ends
     if (folder / "tokenizer.model").is_file():
         return _from_sentencepiece(folder / "tokenizer.model", settings), settings, ends
-    raise CheckpointError(f"{folder}: no tokenizer.json or tokenizer.model; copy the model's files there")
+    raise CheckpointError(f"{folder}: {_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """Say what a folder without a tokenizer is, and which one to give instead."""
+    if (folder / "adapter_config.json").is_file():
+        return "an adapter, not a model; give its base as the model, this as the adapter"
+    if (folder / "model" / "config.json").is_file():
+        return f"a run, not a model; its model is {folder / 'model'}"
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return f"a run, not a model; give its base as the model, {folder / 'adapter'} as the adapter"
+    return "no tokenizer.json or tokenizer.model; copy the model's files there"
 
 
 def _read_json(file: Path) -> dict:

@@ -31,7 +31,8 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     """
     path = Path(path)
     if path.suffix != ".gguf" and not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a model's folder or a .gguf file")
+        found = "a file of another kind" if path.is_file() else "no such folder"
+        raise CheckpointError(f"{path}: {found}; give a model's folder or a .gguf file")
     fast, settings, ends = read_gguf(path) if path.suffix == ".gguf" else read_folder(path)
     return Tokenizer(Encoder(fast, str(path)), settings, ends)
 

@@ -217,6 +217,7 @@ class TrainConfig:
     def __post_init__(self):
         """Refuse values without meaning and options that the method ignores."""
         _positive("", self, "max_length", "batch_size", "accumulation_steps", "epochs", "max_steps", "threads")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2 to the 63rd")
         for source in sources(self.data):
             _positive(f"data {source.path}: ", source, "weight")
         for source in sources(self.validation):
@@ -278,6 +279,12 @@ class TrainConfig:
 def sources(given: Sources) -> tuple[Source, ...]:
     """Return data files as Sources, whichever way they were written."""
     several = given if isinstance(given, tuple | list) else () if given is None else (given,)
+    for text in several:
+        if isinstance(text, str) and text.lstrip()[:1] in ("[", "{") and not Path(text).exists():
+            fields = ", ".join(field.name for field in dataclasses.fields(Source))
+            raise ConfigError(
+                f"{text} is no file and no list of files as a recipe has it; a file's fields are: {fields}"
+            )
     return tuple(source if isinstance(source, Source) else Source(str(Path(source))) for source in several)
 
 

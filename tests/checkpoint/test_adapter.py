@@ -156,7 +156,7 @@ def test_damaged_adapters_are_refused(base, tmp_path):
         load_model(base, adapter=tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
         load_model(base, adapter=tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="adapter_config.json does not exist"):
+    with pytest.raises(CheckpointError, match="holds no adapter_config.json; give an adapter's folder"):
         load_model(base, adapter=base)
 
 
@@ -223,3 +223,17 @@ def test_merging_nothing_or_nonsense_is_refused(base):
     lora.B.data[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="not finite"):
         merge(model)
+
+
+def test_a_run_given_for_its_model_or_adapter_is_told_apart(base, tmp_path):
+    from minitune.text.tokenizer import load_tokenizer
+
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"give {adapter}$"):
+        load_adapter(load_model(base), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=f"a run, not a model; .* {adapter} as the adapter"):
+        load_tokenizer(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="an adapter, not a model"):
+        load_tokenizer(adapter)

@@ -387,6 +387,8 @@ def test_other_refusals(fast_folder, tmp_path, smollm2_path):
     folder = fast_folder("chatml")
     with pytest.raises(CheckpointError, match="no such folder"):
         load_tokenizer(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="a file of another kind"):
+        load_tokenizer(folder / "tokenizer.json")
     with pytest.raises(CheckpointError, match="no such file"):
         load_tokenizer(tmp_path / "absent.gguf")
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
@@ -400,10 +402,10 @@ def test_other_refusals(fast_folder, tmp_path, smollm2_path):
     cut = tmp_path / "cut.gguf"
     with open(smollm2_path, "rb") as whole:
         cut.write_bytes(whole.read(300_000))
-    with pytest.raises(CheckpointError, match="not a complete GGUF"):
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
         load_tokenizer(cut)
     (tmp_path / "garbage.gguf").write_bytes(b"garbage" * 100)
-    with pytest.raises(CheckpointError, match="not a complete GGUF"):
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
         load_tokenizer(tmp_path / "garbage.gguf")
 
 
