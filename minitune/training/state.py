@@ -202,8 +202,11 @@ def _prune(root: Path, keep: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     used = set()
     for folder in folders[-keep:]:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        used.add(f"best-{state['progress']['best_step'] or 0:07d}")
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            used.add(f"best-{state['progress']['best_step'] or 0:07d}")
+        except (OSError, ValueError, KeyError):
+            return  # damaged: it may refer to any of the best weights, so all stay
     for folder in root.glob("best-*"):
         if folder.name not in used:
             shutil.rmtree(folder, ignore_errors=True)
