@@ -8,6 +8,7 @@ hide our own bugs behind a friendly line.
 import difflib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -57,7 +58,7 @@ def _explain(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or any(text in str(error) for text in exhausted):
         return f"out of memory: {MEMORY_KNOBS}"
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return None
 
 
@@ -72,7 +73,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C while Python winds up would print a traceback
+        print("interrupted; run the same command again (a training run that has begun: with --resume)", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         sys.stderr.close()

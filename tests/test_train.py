@@ -215,3 +215,29 @@ def test_a_run_without_optional_packages(train, tmp_path, monkeypatch):
     assert "report.md" in names and not names & {"loss.png", "tensorboard"}
     assert "loss.png" not in (tmp_path / "run" / "report.md").read_text()
     shutil.rmtree(tmp_path / "run")
+
+
+def test_two_runs_do_not_share_a_folder(train, tmp_path):
+    from minitune.checkpoint.files import sole_writer
+
+    train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with sole_writer(tmp_path / "run"):
+        refused(train("--resume"), "another process is writing to", "run")
+        refused(train("--overwrite"), "another process is writing to", "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_ctrl_c_between_the_run_files_and_the_first_step_saves(train, tmp_path, monkeypatch):
+    original = run.Journal.__init__
+
+    def interrupted(self, *given):
+        signal.raise_signal(signal.SIGINT)  # the import of tensorboard takes seconds
+        original(self, *given)
+
+    monkeypatch.setattr(run.Journal, "__init__", interrupted)
+    code, lines = train()
+    assert code == 130 and lines[-1].endswith("--resume")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000000"]
+    monkeypatch.undo()
+    assert train("--resume")[0] == 0

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minitune.checkpoint.files import atomic_file
 from minitune.checkpoint.huggingface import read_json, refuse_pickle, write_json
 from minitune.checkpoint.safetensors_io import StoredTensor, read_header, write_tensors
@@ -62,10 +64,18 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
             refuse_pickle(file)
     tensors = read_header(folder / WEIGHTS)
     config = replace(config, target_modules=_check_fit(model, tensors, config.rank, folder))
+    values = {name: tensor.read().float() for name, tensor in tensors.items()}
+    bad = [f"{name} holds a NaN or infinity" for name, value in values.items() if not all_finite(value)]
+    fail_listing(f"{folder} is from a run that diverged", bad)
     for path, lora in add_lora(model, config).items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"].read_into(lora.A)
-        tensors[f"{_PREFIX}{path}.lora_B.weight"].read_into(lora.B)
+        lora.A.data.copy_(values[f"{_PREFIX}{path}.lora_A.weight"])
+        lora.B.data.copy_(values[f"{_PREFIX}{path}.lora_B.weight"])
     return config
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Tell whether all is finite. The sum says so in a tenth of the time, unless it overflows."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def save_adapter(

@@ -52,6 +52,8 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; the file written there becomes `path` when the block ends without an error."""
     path = Path(os.path.abspath(path))
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; a file was to be written there")
     path.parent.mkdir(parents=True, exist_ok=True)
     clean_leftovers(path)
     with _temporary(path) as temporary:
@@ -60,6 +62,36 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         _sync(temporary / path.name)
         os.replace(temporary / path.name, path)
         _sync(path.parent)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Make `folder` and hold it for this process; it is free again when the process ends, however it ends.
+
+    The folder itself is locked: no lock file can be left behind. Systems and file systems without such locks hold
+    nothing.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(f"another process is writing to {folder}; wait for its end, or choose another") from None
+    except OSError:
+        pass  # a network file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def clean_leftovers(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from minitune.checkpoint.adapter import fail_listing, load_adapter
+from minitune.checkpoint.adapter import all_finite, fail_listing, load_adapter
 from minitune.checkpoint.huggingface import open_folder, refuse_pickle
 from minitune.checkpoint.sources import resolve
 from minitune.device import DTYPES
@@ -57,7 +57,8 @@ def load_model(
         The model in evaluation mode.
 
     Raises:
-        CheckpointError: nothing there, damaged, of a kind not supported, or tensors that do not fit.
+        CheckpointError: nothing there, damaged, of a kind not supported, tensors that do not fit, or numbers that are
+            not finite.
         ConfigError: an architecture or a field of config.json that is not implemented, or an unknown dtype.
     """
     path = resolve(name_or_path)
@@ -69,7 +70,7 @@ def load_model(
     model = Transformer(config, dtype=wanted, device=device or "cpu", init=False)
     places = model.state_dict()
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda name: tensors[name].read_into(places[name]), places):
+        for _ in pool.map(lambda name: _fill(tensors[name], places[name], f"{path}: {name}"), places):
             pass
     if head is not None:
         _check_tied(head, model.head_weight, path)
@@ -146,6 +147,14 @@ def _check_fit(config: ModelConfig, tensors: Mapping[str, Stored], path: Path) -
         elif name in expected and not tensor.dtype.is_floating_point:
             problems.append(f"{name} is stored as {tensor.dtype}, which weights cannot be")
     fail_listing(f"{path} does not fit its own config", problems)
+
+
+def _fill(stored: Stored, place: torch.Tensor, where: str) -> None:
+    """Read a tensor into its place; CheckpointError where it holds a NaN or infinity, which would answer in silence."""
+    stored.read_into(place)
+    if not all_finite(place):
+        remedy = "" if place.dtype == stored.dtype else f" as {str(place.dtype).removeprefix('torch.')}"
+        raise CheckpointError(f"{where} holds a NaN or infinity{remedy}; fetch it again, or use another dtype")
 
 
 def _check_tied(stored: Stored, embedding: torch.Tensor, path: Path) -> None:

@@ -27,7 +27,7 @@ from torch import nn
 
 from minitune import __version__
 from minitune.checkpoint.adapter import load_adapter, save_adapter
-from minitune.checkpoint.files import atomic_file
+from minitune.checkpoint.files import atomic_file, sole_writer
 from minitune.checkpoint.huggingface import save_model
 from minitune.checkpoint.load import load_model, load_tokenizer
 from minitune.data.corpus import Corpus, Encoding, Stream, load_corpus
@@ -93,31 +93,33 @@ def train(config: TrainConfig) -> TrainResult:
     parameters = choose_parameters(model, config)
     optimizer = Optimizer(parameters, config.optimizer, config.lora.plus_ratio or 1.0)
     matters = state.fingerprint(config, corpus.files, base, str(dtype))
-    progress = _resume(folder, parameters, optimizer, matters) if config.resume else state.Progress()
-    _write_run_files(folder, config, corpus, _environment(model, dtype))
     room = model.config.max_positions - config.evaluation.sample_tokens
     prompts = sample_prompts(corpus.validation, config.evaluation.samples, room)
     total = config.max_steps * config.accumulation_steps if config.max_steps else stream.count(config.epochs)
-    with Journal(folder, -(-total // config.accumulation_steps), progress) as journal, StopSignal() as stop:
-        job = Job(
-            config=config,
-            model=model,
-            parameters=parameters,
-            optimizer=optimizer,
-            objective=supervised,
-            stream=stream.batches,
-            total_batches=total,
-            validation=stream.validation if corpus.validation else None,
-            sample=lambda: answer_samples(model, tokenizer, prompts, config.evaluation.sample_tokens),
-            checkpoints=folder / "checkpoints",
-            fingerprint=matters,
-            progress=progress,
-            journal=journal,
-        )
-        _announce(job, corpus)
-        status = fit(job, stop)
-    result = None if status == "stopped" else _export(job, tokenizer, folder)
-    return _finish(job, status, folder, result, stop.number)
+    with sole_writer(folder):
+        _check_folder(folder, config)  # another process may have begun a run there since
+        progress = _resume(folder, parameters, optimizer, matters) if config.resume else state.Progress()
+        _write_run_files(folder, config, corpus, _environment(model, dtype))
+        with StopSignal() as stop, Journal(folder, -(-total // config.accumulation_steps), progress) as journal:
+            job = Job(
+                config=config,
+                model=model,
+                parameters=parameters,
+                optimizer=optimizer,
+                objective=supervised,
+                stream=stream.batches,
+                total_batches=total,
+                validation=stream.validation if corpus.validation else None,
+                sample=lambda: answer_samples(model, tokenizer, prompts, config.evaluation.sample_tokens),
+                checkpoints=folder / "checkpoints",
+                fingerprint=matters,
+                progress=progress,
+                journal=journal,
+            )
+            _announce(job, corpus)
+            status = fit(job, stop)
+        result = None if status == "stopped" else _export(job, tokenizer, folder)
+        return _finish(job, status, folder, result, stop.number)
 
 
 def _load_data(config: TrainConfig, tokenizer: Any) -> Stream:
@@ -245,7 +247,8 @@ def _announce(job: Job, corpus: Corpus) -> None:
     if leaked := corpus.leaked():
         job.journal.say(f"{leaked} validation examples are training examples too: the loss on them proves nothing")
     if job.total_steps < FEW_STEPS:
-        job.journal.say(f"only {job.total_steps} steps: more epochs or fewer accumulation_steps give more")
+        more = "max_steps is that low" if job.config.max_steps else "more epochs or fewer accumulation_steps give more"
+        job.journal.say(f"only {job.total_steps} steps, too few to learn much: {more}")
     if not corpus.validation:
         job.journal.say("no validation rows: over-fitting will not be seen")
 

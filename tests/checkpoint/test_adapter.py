@@ -237,3 +237,14 @@ def test_a_run_given_for_its_model_or_adapter_is_told_apart(base, tmp_path):
         load_tokenizer(tmp_path / "run")
     with pytest.raises(CheckpointError, match="an adapter, not a model"):
         load_tokenizer(adapter)
+
+
+def test_an_adapter_that_diverged_is_refused_by_name_and_leaves_the_model_alone(base, tmp_path):
+    model = load_model(base)
+    lora = add_lora(model, LoRAConfig(rank=4))["model.layers.1.mlp.up_proj"]
+    lora.B.data[0, 0] = float("nan")
+    save_adapter(model, tmp_path)
+    fresh = load_model(base)
+    with pytest.raises(CheckpointError, match="diverged: .*layers.1.mlp.up_proj.lora_B.weight holds a NaN"):
+        load_adapter(fresh, tmp_path)
+    assert not lora_modules(fresh)

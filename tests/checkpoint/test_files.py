@@ -10,7 +10,7 @@ import time
 import pytest
 
 from minitune.checkpoint import files
-from minitune.checkpoint.files import atomic_file, atomic_folder
+from minitune.checkpoint.files import atomic_file, atomic_folder, sole_writer
 from minitune.errors import CheckpointError
 
 
@@ -126,3 +126,26 @@ def test_killed_at_random_moments_the_target_is_always_whole(tmp_path):
         files.clean_leftovers(target)
         assert names(tmp_path) == ["target"] and names(target) == ["a", "b", "c"]
         assert len({(target / name).read_text() for name in "abc"}) == 1
+
+
+def test_a_file_is_not_written_over_a_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="is a folder"), atomic_file(tmp_path):
+        pytest.fail("refused before any work is done")
+
+
+def test_a_folder_has_one_writer_until_its_process_ends(tmp_path):
+    folder = tmp_path / "run"
+    code = (
+        "import sys, time, pathlib; from minitune.checkpoint.files import sole_writer\n"
+        "with sole_writer(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(CheckpointError, match="another process is writing to"), sole_writer(folder):
+        pytest.fail("two writers")
+    process.kill()
+    process.wait()
+    with sole_writer(folder):
+        assert names(folder) == [], "no lock file to be left behind"
+    with sole_writer(folder):
+        pass

@@ -213,3 +213,25 @@ def test_peak_memory_stays_under_one_point_two_models(smollm2_path, dtype):
     done = subprocess.run([sys.executable, "-c", MEASURE, smollm2_path, dtype], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_named(tiny_folder, tmp_path, value):
+    folder = tiny_folder(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="layers.1.mlp.up_proj.weight holds a NaN or infinity"):
+        load_model(folder)
+
+
+def test_weights_too_large_for_a_dtype_are_named_and_a_large_sum_is_no_infinity(tiny_folder, tmp_path):
+    folder = tiny_folder(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][:] = 6e4  # their sum is beyond float16, each is not
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    load_model(folder, dtype="float16")
+    tensors["model.norm.weight"][0] = 7e4
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="model.norm.weight holds a NaN or infinity as float16"):
+        load_model(folder, dtype="float16")
