@@ -55,7 +55,7 @@ class DemoConfig:
     """A model in the manifest or a path; it needs a chat template."""
     recipe: str = "sentiment"
     """The training: a recipe's name or a YAML file."""
-    train_rows: int = 3200
+    train_rows: int = 2800
     """Reviews to learn from."""
     validation_rows: int = 160
     """Reviews that the base model's prompt is chosen on and the training is watched with."""
