@@ -58,7 +58,7 @@ class EvaluateConfig:
         for name, needed in belongs.items():
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise ConfigError(f"{name} is set without {needed}, which it belongs to; leave it out")
-        for name in ("max_rows", "max_new_tokens", "max_tokens", "batch_size"):
+        for name in ("max_rows", "max_new_tokens", "max_tokens", "batch_size", "window", "stride"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -69,12 +69,14 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(EvaluateConfig, argv, prog="python -m minitune.evaluate", description=__doc__.split("\n")[0])
     from minitune.checkpoint.files import atomic_file
 
-    result = measure(config)
-    print(table(result))
-    if config.output is not None:
-        with atomic_file(config.output) as path:
-            path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"written to {config.output}")
+    if config.output is None:
+        print(table(measure(config)))
+        return
+    with atomic_file(config.output) as path:  # fails before the work, not after
+        result = measure(config)
+        print(table(result))
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written to {config.output}")
 
 
 def measure(config: EvaluateConfig) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _classify(model: Any, tokenizer: Any, rows: list, config: EvaluateConfig) ->
 
     from minitune.evaluation.classification import classify
 
-    with tqdm(total=len(rows), desc="classify", unit="row") as bar:
+    with tqdm(total=len(rows), desc="classify", unit=" rows") as bar:
         return asdict(
             classify(
                 model, tokenizer, rows, config.labels.split(","), max_new_tokens=config.max_new_tokens or 16,
@@ -120,7 +122,7 @@ def _perplexity(model: Any, tokenizer: Any, text: str, config: EvaluateConfig) -
     from minitune.evaluation.perplexity import perplexity
 
     window = config.window or min(1024, model.config.max_positions)
-    with tqdm(desc="perplexity", unit="token") as bar:
+    with tqdm(desc="perplexity", unit=" tokens") as bar:
         return asdict(
             perplexity(
                 model, tokenizer, text, window=window, stride=config.stride, max_tokens=config.max_tokens,

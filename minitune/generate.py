@@ -135,7 +135,8 @@ def chat(model: Any, tokenizer: Any, config: GenerateConfig) -> None:
     """Hold a conversation; every turn goes on from the whole of it."""
     if tokenizer.chat_template is None:
         raise ConfigError(f"{config.model} has no chat template; use --prompt, which continues plain text")
-    print("/reset starts anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer")
+    if sys.stdin.isatty():
+        print("/reset starts anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer")
     messages = config.opening()
     while True:
         said = _ask()
@@ -151,12 +152,16 @@ def chat(model: Any, tokenizer: Any, config: GenerateConfig) -> None:
 
 
 def _ask() -> str:
-    """Return the next line of the user; the end of the input counts as /exit, Ctrl-C as an empty line."""
+    """Return the next line of the user; the end of the input counts as /exit, Ctrl-C as an empty line.
+
+    Only a person is prompted: with lines from a pipe, the answers alone are printed.
+    """
     try:
-        prompt = "you> "
+        prompt = "you> " if sys.stdin.isatty() else ""
         return input(TURN_COLOUR.format(prompt) if sys.stdout.isatty() else prompt).strip()
     except EOFError:
-        print()
+        if sys.stdin.isatty():
+            print()
         return "/exit"
     except KeyboardInterrupt:
         print("\n(/exit leaves)")
@@ -226,12 +231,15 @@ def answer_file(model: Any, tokenizer: Any, config: GenerateConfig, rows: list[d
     prompts = [
         config.asked(row["prompt"]) if "prompt" in row else [*config.opening(), *row["messages"]] for row in rows
     ]
-    with tqdm(total=len(rows), desc="answers", unit="row") as bar:
-        answers = generate_texts(
-            model, tokenizer, prompts,
-            batch_size=config.batch_size or 8, on_batch=bar.update, **config.options(),
-        )  # fmt: skip
-    with atomic_file(config.output) as path, open(path, "w", encoding="utf-8") as file:
+    with (
+        atomic_file(config.output) as path,
+        open(path, "w", encoding="utf-8") as file,
+    ):  # fails before the work, not after
+        with tqdm(total=len(rows), desc="answers", unit=" rows") as bar:
+            answers = generate_texts(
+                model, tokenizer, prompts,
+                batch_size=config.batch_size or 8, on_batch=bar.update, **config.options(),
+            )  # fmt: skip
         for row, answer in zip(rows, answers, strict=True):
             result = {"answer": answer.text, "tokens": answer.tokens, "finished": answer.finished}
             file.write(json.dumps(row | result, ensure_ascii=False) + "\n")

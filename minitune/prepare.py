@@ -69,8 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         description="Show what the model will see of data files, and whether training would refuse them.",
         positional="files",
     )
+    from minitune.checkpoint.load import stored_positions
     from minitune.checkpoint.sources import resolve
-    from minitune.data.lint import inspect_files
+    from minitune.data.lint import inspect_files, refuse_beyond
     from minitune.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(resolve(config.model))
@@ -87,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         packing=config.packing,
         seed=config.seed,
     )
+    refuse_beyond(report, examples, stored_positions(resolve(config.model)))
     sys.stdout.reconfigure(errors="backslashreplace")
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for example in examples[: config.rows]:
@@ -123,6 +125,8 @@ def report_lines(report: "Report", config: PrepareConfig) -> list[str]:
         unread = ", ".join(f"{name} ({count})" for name, count in file["unread_fields"].items())
         note = f"; fields not read: {unread}" if unread else ""
         lines.append(f"{file['path']}: {file['rows']} rows ({file['format']}), {file['examples']} examples{note}")
+    if not report.rows:
+        return [*lines, *_problem_lines(report)]
     shares = ", ".join(f"{share}% {length}" for share, length in report.percentiles.items())
     lines += ["", f"length in tokens ({shares})", *_bars(report), ""]
     double = report.duplicates
@@ -139,9 +143,14 @@ def report_lines(report: "Report", config: PrepareConfig) -> list[str]:
         f"{report.batches} batches of {config.batch_size} ({mode})",
         f"efficiency     {report.efficiency['packed']:.1%} packed, {report.efficiency['padded']:.1%} padded",
     ]
+    return lines + _problem_lines(report)
+
+
+def _problem_lines(report: "Report") -> list[str]:
+    """Return the verdict as lines, with its reasons."""
     if not report.problems:
-        return lines + ["", "training would accept these files"]
-    lines += ["", "training would refuse these files:"]
+        return ["", "training would accept these files"]
+    lines = ["", "training would refuse these files:"]
     for problem in report.problems:
         places = ", ".join(problem.origins) + (", ..." if problem.count > len(problem.origins) else "")
         lines.append(

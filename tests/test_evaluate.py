@@ -91,3 +91,14 @@ def test_data_that_cannot_be_measured_is_named(tiny, reviews, tmp_path):
     empty.write_text("")
     with pytest.raises(DataError, match="empty"):
         run(tiny, "--perplexity", empty)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "measure", None)  # calling it would fail
+    with pytest.raises(CheckpointError, match="is a folder; a file was to be written there"):
+        run(tiny, "--perplexity", tmp_path / "a.txt", "--output", tmp_path)
+
+
+def test_a_window_of_nothing_is_not_the_default(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="window is 0; it must be at least 1"):
+        run(tiny, "--perplexity", tmp_path / "a.txt", "--window", 0)

@@ -2,6 +2,7 @@
 
 import builtins
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -202,3 +203,16 @@ finally: assert "torch" not in sys.modules
     assert done.returncode == 0, done.stderr
     assert "--repetition_penalty" in done.stdout
     assert time.monotonic() - began < 5  # 0.2 s on an idle machine
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tiny, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("Hello")
+    monkeypatch.setattr(decoding, "generate_texts", None)  # calling it would fail
+    with pytest.raises(CheckpointError, match="is a folder; a file was to be written there"):
+        run(tiny, "--input", str(tmp_path / "prompts.txt"), "--output", str(tmp_path))
+
+
+def test_lines_from_a_pipe_are_answered_without_prompts(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    run(tiny, "--chat", "--max_new_tokens", "3")
+    assert capsys.readouterr().out == answer_of(tiny, "Hello", max_new_tokens=3) + "\n"

@@ -132,3 +132,17 @@ def test_modules_are_light_to_import():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_rows_beyond_the_model_are_refused_as_training_does(tiny_folder, rows, tmp_path, capsys):
+    model = str(tiny_folder(tmp_path / "tiny"))
+    path = rows([{"prompt": "q" * 300, "completion": "a"}, {"prompt": "q", "completion": "a"}])
+    assert main([path, "--model", model, "--max_length", "400", "--rows", "0"]) == 1
+    shown = capsys.readouterr().out
+    assert f"1 x a row over the model's 256 positions; set max_length to 256 or less ({path}:1)" in shown
+
+
+def test_files_without_a_row_get_the_verdict_alone(model, tmp_path, capsys):
+    assert main([str(tmp_path / "nothing.jsonl"), "--model", model]) == 1
+    shown = capsys.readouterr().out
+    assert "nothing.jsonl: no such file" in shown and "efficiency" not in shown and "length" not in shown

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from minitune.checkpoint.adapter import all_finite, fail_listing, load_adapter
-from minitune.checkpoint.huggingface import open_folder, refuse_pickle
+from minitune.checkpoint.huggingface import open_folder, read_json, refuse_pickle
 from minitune.checkpoint.sources import resolve
 from minitune.device import DTYPES
 from minitune.errors import CheckpointError, ConfigError, nearest
@@ -90,6 +90,15 @@ def has_tokenizer(name_or_path: str | Path) -> bool:
     """Tell whether there are tokenizer files to load."""
     path = _gguf_file(resolve(name_or_path))
     return path.is_file() or any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def stored_positions(path: Path) -> int | None:
+    """Return how many positions the model at `path` has, None where only a tokenizer is there; reads no weights."""
+    path = _gguf_file(path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return None
+    fields = read_json(path / "config.json") if path.is_dir() else _open(path)[0]
+    return fields.get("max_position_embeddings", ModelConfig.max_positions)
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

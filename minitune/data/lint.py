@@ -56,6 +56,14 @@ class Report:
         return asdict(self)
 
 
+def refuse_beyond(report: Report, examples: Sequence[Example], positions: int | None) -> None:
+    """Add the problem of examples with more tokens than the model has positions, which training refuses too."""
+    beyond = [example.origin for example in examples if positions and len(example.ids) > positions]
+    if beyond:
+        kind, remedy = f"a row over the model's {positions} positions", f"set max_length to {positions} or less"
+        report.problems.append(Problem(kind, remedy, len(beyond), beyond[:_SHOWN_ORIGINS]))
+
+
 def inspect_files(
     files: Sequence[str],
     tokenizer: Any,
