@@ -45,7 +45,10 @@ def plot_losses(path: Path, lines: list[dict[str, Any]]) -> bool:
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
-    axes.grid(alpha=0.3)
+    values = [line[name] for line in lines for name in ("loss", "validation_loss") if line.get(name, 0) > 0]
+    if values and max(values) > 10 * min(values):
+        axes.set_yscale("log")  # else a high start makes the rest a flat line
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120)
     return True
