@@ -241,3 +241,24 @@ def test_ctrl_c_between_the_run_files_and_the_first_step_saves(train, tmp_path, 
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000000"]
     monkeypatch.undo()
     assert train("--resume")[0] == 0
+
+
+def test_the_report_shows_the_weights_that_were_kept_and_commands_that_can_be_pasted(tmp_path):
+    from minitune.training.config import TrainConfig
+    from minitune.training.report import write_report
+
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    lines = [{"step": step, "validation_loss": loss, "training_loss": 1.0,
+              "samples": [{"prompt": "Q", "expected": "E", "answer": f"answer of {step}"}]}
+             for step, loss in ((0, 3.0), (1, 1.0), (2, 2.0))]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "data.json").write_text("[]")
+    names = ("minitune", "torch", "dtype", "device", "threads", "processor")
+    (folder / "environment.json").write_text(json.dumps(dict.fromkeys(names, "x")))
+    outcome = {"status": "finished", "steps": 2, "base_loss": 3.0, "best_loss": 1.0, "best_step": 1, "seconds": 1.0,
+               "target_tokens": 9, "peak_rss_mb": 1.0, "result": folder / "adapter"}  # fmt: skip
+    text = write_report(folder, TrainConfig(data="rows.jsonl").resolved(), outcome).read_text()
+    assert "answer of 0" in text and "answer of 1" in text and "answer of 2" not in text
+    assert f"--adapter '{folder}/adapter' --chat" in text and f"--output '{folder}/merged'" in text
+    assert "```python\nimport transformers\n" in text

@@ -4,6 +4,7 @@ Everything in it is read from the run folder, so it says what happened and not w
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def write_report(folder: Path, config: TrainConfig, outcome: dict[str, Any]) -> 
         "![loss](loss.png)\n" if picture else "",
         _data(files),
         _usage(config, outcome),
-        _samples(evaluations),
+        _samples(evaluations, outcome["best_step"]),
         _settings(config, environment),
     ]
     path = folder / "report.md"
@@ -48,6 +49,7 @@ def plot_losses(path: Path, lines: list[dict[str, Any]]) -> bool:
     values = [line[name] for line in lines for name in ("loss", "validation_loss") if line.get(name, 0) > 0]
     if values and max(values) > 10 * min(values):
         axes.set_yscale("log")  # else a high start makes the rest a flat line
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half of a step
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -92,25 +94,27 @@ def _data(files: list[dict[str, Any]]) -> str:
 def _usage(config: TrainConfig, outcome: dict[str, Any]) -> str:
     """Say how to load the result, here and elsewhere."""
     result = outcome["result"]
-    model, folder = config.model, str(result)
-    commands = [f"python -m minitune.generate --model {folder} --chat"]
+    model, folder, quoted = shlex.quote(config.model), str(result), shlex.quote(str(result))
+    commands = [f"python -m minitune.generate --model {quoted} --chat"]
     if config.method == "lora":
         folder = str(result.with_name("merged"))
         commands = [
-            f"python -m minitune.generate --model {model} --adapter {result} --chat",
-            f"python -m minitune.export --model {model} --adapter {result} --merge --output {folder}",
+            f"python -m minitune.generate --model {model} --adapter {quoted} --chat",
+            f"python -m minitune.export --model {model} --adapter {quoted} --merge --output {shlex.quote(folder)}",
         ]
     which = "the best validation loss" if outcome["best_step"] is not None else "the last step"
-    theirs = f"transformers.AutoModelForCausalLM.from_pretrained({folder!r})"
-    shell, python = "\n".join(commands), "```python\n" + theirs + "\n```"
-    return f"## Use it\n\nThe weights of {which}:\n\n```\n{shell}\n```\n\n{python}\n"
+    theirs = f"import transformers\n\nmodel = transformers.AutoModelForCausalLM.from_pretrained({folder!r})"
+    after = "Elsewhere, once that export is written:" if config.method == "lora" else "Elsewhere:"
+    shell, python = "\n".join(commands), f"```python\n{theirs}\n```"
+    return f"## Use it\n\nThe weights of {which}:\n\n```\n{shell}\n```\n\n{after}\n\n{python}\n"
 
 
-def _samples(evaluations: list[dict[str, Any]]) -> str:
-    """Show the sampled answers before and after."""
+def _samples(evaluations: list[dict[str, Any]], best_step: int | None) -> str:
+    """Show the sampled answers before training, and those of the weights that were kept."""
     if not evaluations or not evaluations[-1]["samples"]:
         return ""
-    first, last = evaluations[0], evaluations[-1]
+    first = evaluations[0]
+    last = next((evaluation for evaluation in evaluations if evaluation["step"] == best_step), evaluations[-1])
     before = {sample["prompt"]: sample["answer"] for sample in first["samples"]}  # a resumed run may ask others
     text = "## Samples\n"
     for after in last["samples"]:
