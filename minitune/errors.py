@@ -5,6 +5,7 @@ defect of ours still does. The alternative, catching `Exception` at the door, wa
 hide our own bugs behind a friendly line.
 """
 
+import atexit
 import difflib
 import errno
 import os
@@ -73,7 +74,6 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C while Python winds up would print a traceback
         print("interrupted; run the same command again (a training run that has begun: with --resume)", file=sys.stderr)
         code = 130
     except BrokenPipeError:
@@ -85,4 +85,6 @@ def run_command(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {line}", file=sys.stderr)
         code = 2
+    # Another Ctrl-C while Python winds up would print a traceback.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(code or 0)

@@ -136,7 +136,10 @@ class ModelConfig:
             values["head_dim"] = values["hidden_size"] // values["num_heads"]
         eos = fields.get("eos_token_id")
         eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        return cls(family=family, rope_theta=_rope_theta(fields, where), eos_ids=eos_ids, **values)
+        try:
+            return cls(family=family, rope_theta=_rope_theta(fields, where), eos_ids=eos_ids, **values)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("model config", where)) from None
 
     def to_hf(self) -> dict[str, Any]:
         """Return the content of a `config.json` that transformers reads (4.x and 5.x field names)."""

@@ -56,6 +56,6 @@ def test_round_trip_through_transformers():
         ({"head_dim": 63}, "odd"),
     ],
 )
-def test_what_is_not_implemented_is_refused(change, words):
-    with pytest.raises(ConfigError, match=words):
-        ModelConfig.from_hf(SMOLLM2 | change)
+def test_what_is_not_implemented_is_refused_with_its_place(change, words):
+    with pytest.raises(ConfigError, match=f"^some/folder: .*{words}"):
+        ModelConfig.from_hf(SMOLLM2 | change, where="some/folder")
