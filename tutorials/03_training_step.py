@@ -113,22 +113,25 @@ else:
 """## 2. The shift
 
 The logits at a place predict the next token. So the targets move one place to the left: at the place of the
-token before the answer stands the answer's first token. Where there is nothing to learn stands -100.
+token before the answer stands the answer's first token. Where there is nothing to learn stands -100. The engine
+fills a batch with padding up to a multiple of 32 tokens; padding has no target either.
 """
 
 # %%
 print("== 2. The shift")
 batch = collate([[short]], pad_id=tokenizer.pad_id)
 B, T = batch.ids.shape
+length = len(short.ids)
 shifted = [-100] * T
-for place in range(T - 1):
+for place in range(length - 1):
     if short.targets[place + 1]:
         shifted[place] = short.ids[place + 1]
 print(f"  ids (B={B}, T={T})   targets (B={B}, T={T})")
-for place in range(T - 4, T):
+for place in range(length - 4, length):
     print(f"  at {names[place]!r:14} the target is {shifted[place]}")
 assert shifted == batch.targets[0].tolist() and batch.target_count == 2
-assert short.ids[-3:-1] == tuple(shifted[-4:-2]) and shifted[-1] == shifted[-2] == -100
+assert short.ids[-3:-1] == tuple(shifted[length - 4 : length - 2])
+assert set(shifted[length - 2 :]) == {-100} and T % 32 == 0
 
 # %% [markdown]
 """## 3. The loss
@@ -169,7 +172,7 @@ zero.
 """
 
 # %%
-place = T - 4  # the place before the answer
+place = length - 4  # the place before the answer
 z = logits[place].clone().requires_grad_(True)
 (z.logsumexp(0) - z[shifted[place]]).backward()
 gradient = logits[place].softmax(0)
