@@ -23,25 +23,39 @@ def _fill(hidden, targets):
     return F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
 
 
-def _chunk_gradient(hidden, weight, targets, losses=None):
+def _buffers(hidden, weight):
+    """Return room for one chunk's logits (CHUNK, V), wide and in hidden's dtype: made once, used for all chunks.
+
+    New tensors for every chunk cost more than the arithmetic on them: 25 MB go back to the system each time.
+    """
+    shape, wide = (CHUNK, len(weight)), wide_dtype(hidden.dtype)
+    room = torch.empty(shape, dtype=wide, device=hidden.device)
+    return room, room if wide == hidden.dtype else torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+
+
+def _chunk_gradient(hidden, weight, targets, room, losses=None):
     """Return d(sum of losses)/d(logits) of one chunk (n, V) in hidden's dtype; fill losses (n,) if given."""
-    logits = widen(hidden @ weight.T)
+    wide, narrow = (buffer[: len(targets)] for buffer in room)
+    torch.mm(hidden, weight.T, out=narrow)
+    if narrow.dtype != wide.dtype:
+        wide.copy_(narrow)
     row = torch.arange(len(targets), device=targets.device)
-    picked = logits[row, targets]
-    total = torch.logsumexp(logits, dim=-1)
+    picked, top = wide[row, targets], wide.amax(-1, keepdim=True)
+    total = wide.sub_(top).exp_().sum(-1, keepdim=True)
     if losses is not None:
-        losses.copy_(total - picked)
-    gradient = logits.sub_(total[:, None]).exp_()
-    gradient[row, targets] -= 1
-    return gradient.to(hidden.dtype)
+        losses.copy_((total.log() + top).squeeze(1) - picked)
+    wide.div_(total)
+    wide[row, targets] -= 1
+    return wide if narrow.dtype == wide.dtype else narrow.copy_(wide)
 
 
 def _weight_gradient(hidden, weight, targets, scale):
     """Return sum over rows of scale_i (softmax - onehot)_i h_i^T, (V, D), made chunk by chunk in fp32."""
     total = torch.zeros(weight.shape, dtype=wide_dtype(hidden.dtype), device=weight.device)
+    room = _buffers(hidden, weight)
     for start in range(0, len(targets), CHUNK):
         part = slice(start, start + CHUNK)
-        gradient = _chunk_gradient(hidden[part], weight, targets[part])
+        gradient = _chunk_gradient(hidden[part], weight, targets[part], room)
         total += (gradient * scale[part, None].to(gradient.dtype)).T @ hidden[part]
     return total.to(weight.dtype)
 
@@ -53,11 +67,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, targets = _fill(hidden, targets)
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(hidden)
-        train_head = ctx.needs_input_grad[1]
+        train_head, room = ctx.needs_input_grad[1], _buffers(hidden, weight)
         dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if train_head else None
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
-            gradient = _chunk_gradient(hidden[part], weight, targets[part], losses[part])
+            gradient = _chunk_gradient(hidden[part], weight, targets[part], room, losses[part])
             torch.mm(gradient, weight, out=dhidden[part])
             if dweight is not None:
                 dweight += gradient.T @ hidden[part]
