@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from minitune.ops.precision import wide_dtype, widen
 
 CHUNK = 128  # rows; 128 x 49,152 fp32 logits are 25 MB
+SPAN = 1 << 11  # bytes of a gradient's column that the head's gradient is summed over at once: 1,024 rows in 16 bits
 GRAIN = 32  # rows; the CPU's matmul library keeps a plan for every shape, so there are to be few shapes
 
 
@@ -23,58 +24,82 @@ def _fill(hidden, targets):
     return F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
 
 
-def _buffers(hidden, weight):
-    """Return room for one chunk's logits (CHUNK, V), wide and in hidden's dtype: made once, used for all chunks.
+class _Room:
+    """Room for logits, made once and used for all chunks: new tensors would cost more than the arithmetic on them.
 
-    New tensors for every chunk cost more than the arithmetic on them: 25 MB go back to the system each time.
+    `span` (rows, V) has hidden's dtype and holds the gradients of one chunk, or of as many as the head's gradient is
+    summed over in one matmul; in 16 bits the arithmetic of each chunk is done in another tensor, in fp32.
     """
-    shape, wide = (CHUNK, len(weight)), wide_dtype(hidden.dtype)
-    room = torch.empty(shape, dtype=wide, device=hidden.device)
-    return room, room if wide == hidden.dtype else torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+
+    def __init__(self, hidden, weight, *, train_head: bool):
+        chunks = SPAN // (CHUNK * hidden.itemsize) if train_head else 1
+        self.rows = max(1, min(CHUNK * chunks, len(hidden)))
+        self.span = torch.empty(self.rows, len(weight), dtype=hidden.dtype, device=hidden.device)
+        self.wide = None
+        if wide_dtype(hidden.dtype) != hidden.dtype:
+            shape = (min(CHUNK, len(hidden)), len(weight))
+            self.wide = torch.empty(shape, dtype=wide_dtype(hidden.dtype), device=hidden.device)
+
+    def chunk(self, start: int, count: int):
+        """Return the places of `count` rows from row `start` on: wide, and in hidden's dtype (may be the same)."""
+        narrow = self.span[start % self.rows :][:count]
+        return narrow if self.wide is None else self.wide[:count], narrow
 
 
-def _chunk_gradient(hidden, weight, targets, room, losses=None):
-    """Return d(sum of losses)/d(logits) of one chunk (n, V) in hidden's dtype; fill losses (n,) if given."""
-    wide, narrow = (buffer[: len(targets)] for buffer in room)
+def _chunk_gradient(hidden, weight, targets, wide, narrow):
+    """Return the losses (n,) of one chunk and d(their sum)/d(logits) (n, V), the latter in `narrow`."""
     torch.mm(hidden, weight.T, out=narrow)
     if narrow.dtype != wide.dtype:
         wide.copy_(narrow)
     row = torch.arange(len(targets), device=targets.device)
     picked, top = wide[row, targets], wide.amax(-1, keepdim=True)
     total = wide.sub_(top).exp_().sum(-1, keepdim=True)
-    if losses is not None:
-        losses.copy_((total.log() + top).squeeze(1) - picked)
+    losses = (total.log() + top).squeeze(1) - picked
     wide.div_(total)
     wide[row, targets] -= 1
-    return wide if narrow.dtype == wide.dtype else narrow.copy_(wide)
+    return losses, wide if narrow.dtype == wide.dtype else narrow.copy_(wide)
 
 
-def _weight_gradient(hidden, weight, targets, scale):
-    """Return sum over rows of scale_i (softmax - onehot)_i h_i^T, (V, D), made chunk by chunk in fp32."""
-    total = torch.zeros(weight.shape, dtype=wide_dtype(hidden.dtype), device=weight.device)
-    room = _buffers(hidden, weight)
-    for start in range(0, len(targets), CHUNK):
-        part = slice(start, start + CHUNK)
-        gradient = _chunk_gradient(hidden[part], weight, targets[part], room)
-        total += (gradient * scale[part, None].to(gradient.dtype)).T @ hidden[part]
-    return total.to(weight.dtype)
+def _add_span(total, gradient, hidden):
+    """Return total + gradient^T hidden, (V, D): in hidden's dtype for a first span, in fp32 for more."""
+    if total is None:
+        return gradient.T @ hidden
+    if total.dtype == hidden.dtype == wide_dtype(hidden.dtype):
+        return total.addmm_(gradient.T, hidden)
+    return total.to(wide_dtype(hidden.dtype)).add_(gradient.T @ hidden)
+
+
+def _spans(hidden, weight, targets, *, train_head: bool, losses=None, dhidden=None, scale=None):
+    """Go through all chunks; fill losses (N,) and dhidden (N, D) where given; return dW (V, D) if the head trains.
+
+    dW sums over rows of scale_i (softmax - onehot)_i h_i^T, with 1 for no scale.
+    """
+    room, dweight = _Room(hidden, weight, train_head=train_head), None
+    for start in range(0, len(targets), room.rows):
+        end = min(start + room.rows, len(targets))
+        for first in range(start, end, CHUNK):
+            part = slice(first, min(first + CHUNK, end))
+            place = room.chunk(first, part.stop - first)
+            loss, gradient = _chunk_gradient(hidden[part], weight, targets[part], *place)
+            if losses is not None:
+                losses[part] = loss
+            if dhidden is not None:
+                torch.mm(gradient, weight, out=dhidden[part])
+            if scale is not None:
+                gradient.mul_(scale[part, None])
+        if train_head:
+            dweight = _add_span(dweight, room.span[: end - start], hidden[start:end])
+    return dweight if dweight is None else dweight.to(weight.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        ctx.count, wide = len(targets), wide_dtype(hidden.dtype)
+        ctx.count, train_head = len(targets), ctx.needs_input_grad[1]
         hidden, targets = _fill(hidden, targets)
-        losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        losses = torch.empty(len(targets), dtype=wide_dtype(hidden.dtype), device=hidden.device)
         dhidden = torch.empty_like(hidden)
-        train_head, room = ctx.needs_input_grad[1], _buffers(hidden, weight)
-        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if train_head else None
-        for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
-            gradient = _chunk_gradient(hidden[part], weight, targets[part], room, losses[part])
-            torch.mm(gradient, weight, out=dhidden[part])
-            if dweight is not None:
-                dweight += gradient.T @ hidden[part]
+        dweight = _spans(hidden, weight, targets, train_head=train_head, losses=losses, dhidden=dhidden)
         ctx.save_for_backward(dhidden, dweight, *((hidden, weight, targets) if train_head else ()))
         return losses[: ctx.count]
 
@@ -82,12 +107,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dlosses):
         dhidden, dweight, *again = ctx.saved_tensors
         if dweight is not None:
-            _, weight, _ = again
             if not (dlosses == dlosses[0]).all():
-                dweight = _weight_gradient(*again, F.pad(dlosses, (0, len(dhidden) - ctx.count)))
+                dweight = _spans(*again, train_head=True, scale=F.pad(dlosses, (0, len(dhidden) - ctx.count)))
             elif dlosses[0] != 1:  # 1 is a plain sum, the loop's case: no copy then
-                dweight = dweight * dlosses[0]
-            dweight = dweight.to(weight.dtype)
+                dweight = dweight * dlosses[0].to(dweight.dtype)
         return dhidden[: ctx.count] * dlosses[:, None].to(dhidden.dtype), dweight, None
 
 

@@ -6,8 +6,9 @@ The loop hands over summed gradients; with W the summed weight of the window, c 
 
 The update itself is torch's fused kernel in fp32. Adapters and fp32 models are updated in place. A bf16 model
 keeps weights and moments in bf16, 6 bytes a parameter: slice by slice they are widened, updated in fp32 and
-rounded back stochastically (`ops/rounding.py`), since rounding to nearest would lose most updates and never
-let a second moment decay. fp32 masters were rejected for bf16: 14 bytes a parameter; who has them trains in fp32.
+rounded back, weight and second moment stochastically (`ops/rounding.py`), since rounding to nearest would lose
+most updates and never let a second moment decay (by 1/1000 a step, where bf16 resolves 1/256; the first decays
+by 1/10). fp32 masters were rejected for bf16: 14 bytes a parameter; who has them trains in fp32.
 """
 
 import torch
@@ -42,7 +43,8 @@ class Optimizer:
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+            parts = parameter.grad.view(-1).split(SLICE)  # the norm of a bf16 tensor in fp32 makes an fp32 copy of it
+            norms += [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
         self._multiply(1.0 / weight)
         return float(torch.linalg.vector_norm(torch.stack(norms))) / weight
 
@@ -84,13 +86,14 @@ class Optimizer:
         parameter = self.parameters[name]
         flats = [t.view(-1) for t in (parameter.data, *self.moments[name])]
         starts = range(0, parameter.numel(), SLICE)
-        offsets = torch.randint(0, POOL, (len(starts), 3)).tolist()
+        offsets = torch.randint(0, POOL, (len(starts), 2)).tolist()
         for start, places in zip(starts, offsets, strict=True):
             parts = [flat[start : start + SLICE] for flat in flats]
             gradient = parameter.grad.view(-1)[start : start + SLICE].float().mul_(self.scale)
-            weight, first, second = wide = [part.float() for part in parts]
+            weight, first, second = [part.float() for part in parts]
             self._adamw([weight], [gradient], [first], [second], rate, decay)
-            for value, part, place in zip(wide, parts, places, strict=True):
+            parts[1].copy_(first)
+            for value, part, place in zip((weight, second), parts[::2], places, strict=True):
                 round_stochastically(value, noise[place : place + len(part)], part)
 
     def _adamw(self, parameters, gradients, first, second, rate: float, decay: float) -> None:
