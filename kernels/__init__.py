@@ -1,0 +1,1 @@
+"""Triton kernels, imported as `minitune.kernels`: only `minitune.ops`, tests and benches do so."""
