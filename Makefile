@@ -1,6 +1,7 @@
 # minitune. `make help` lists the targets; each sets up what it needs in .venv and can be interrupted and run again.
 PYTHON ?= python3
 VENV := .venv
+TRITON := 3.9.0# beside a CPU build of torch, for the interpreter and ahead-of-time compiles; a CUDA build brings its own
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --progress-bar on
 
@@ -51,4 +52,5 @@ $(VENV)/.train: requirements.lock pyproject.toml
 $(VENV)/.test: $(VENV)/.train requirements-test.lock
 	@echo "adding the test dependencies to $(VENV) (once)"
 	@$(PIP) -r requirements-test.lock
+	@if $(RUN) -c 'import sys, torch; sys.exit(sys.platform != "linux" or torch.version.cuda is not None)'; then $(PIP) --no-deps triton==$(TRITON); fi
 	@touch $@

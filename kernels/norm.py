@@ -80,9 +80,7 @@ def rms_norm_backward(
         upstream, normed = next_dy.to(tl.float32), next_x.to(tl.float32) * next_r[:, None]
         r = next_r[:, None]
         if SUM:
-            w = tl.load(
-                weight + column, mask=column < width, other=0.0
-            )  # again: registers are short, the cache is near
+            w = tl.load(weight + column, mask=column < width, other=0.0)  # again: registers are short, L1 is near
             next_x = _load(x, row + step, x_stride, rows, column, width)
             next_dy = _load(dy, row + step, dy_stride, rows, column, width)
             next_r = tl.load(scale + row + step, mask=row + step < rows, other=0.0)

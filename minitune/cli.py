@@ -37,7 +37,7 @@ def parse(
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    arguments = _normalised(list(sys.argv[1:] if argv is None else argv), option_names(config_class, kind=bool))
+    arguments = _normalised(list(sys.argv[1:] if argv is None else argv), config_class)
     files = [value.removeprefix("--config=") for value in arguments if value.startswith("--config=")]
     files += [value for option, value in zip(arguments, arguments[1:], strict=False) if option == "--config"]
     for file in files:
@@ -83,15 +83,22 @@ def _parts(kind: Any) -> list[type]:
     return list(dict.fromkeys(found))
 
 
-def _normalised(arguments: list[str], flags: list[str]) -> list[str]:
-    """Spell `--max-length` as `--max_length`, a bare `--flag` as `--flag=true`, a recipe's name as its path."""
+def _normalised(arguments: list[str], config_class: type) -> list[str]:
+    """Spell `--max-length` as `--max_length`, a bare `--flag` as `--flag=true`, a recipe's name as its path.
+
+    `--optimizer sgd` is short for `--optimizer.kind sgd`, wherever a part of the options has a kind.
+    """
     result = []
+    flags = option_names(config_class, kind=bool)
+    kinds = [name.removesuffix(".kind") for name in option_names(config_class) if name.endswith(".kind")]
     for i, argument in enumerate(arguments):
         if not argument.isprintable() and any("\ud800" <= c <= "\udfff" for c in argument):
             raise ConfigError(f"the argument {argument!a} is not UTF-8; rename that file or folder, or retype the text")
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            argument = f"--{name.replace('-', '_')}{equals}{value}"
+            name = name.replace("-", "_")
+            word = value if equals else "".join(arguments[i + 1 : i + 2])
+            argument = f"--{name}{'.kind' * (name in kinds and word.isidentifier())}{equals}{value}"
             alone = i + 1 == len(arguments) or arguments[i + 1].lower() not in ("true", "false", "yes", "no")
             if argument[2:] in flags and alone:
                 argument += "=true"

@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minitune.cli import parse
-from minitune.errors import ConfigError, DataError, run_command
+from minitune.errors import ConfigError, DataError, check_seed, counted, run_command
 from minitune.training.config import TrainConfig
 
 LABELS = {"1": "positive", "0": "negative"}
@@ -55,6 +55,8 @@ class DemoConfig:
     """A model in the manifest or a path; it needs a chat template."""
     recipe: str = "sentiment"
     """The training: a recipe's name or a YAML file."""
+    method: Literal["lora", "qlora"] | None = None
+    """Train by this method instead of the recipe's; qlora keeps the base in 4 bits."""
     train_rows: int = 2800
     """Reviews to learn from."""
     validation_rows: int = 160
@@ -71,6 +73,9 @@ class DemoConfig:
         for name in ("train_rows", "validation_rows", "test_rows", "perplexity_tokens"):
             if getattr(self, name) < SHOTS:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {SHOTS}")
+        check_seed(self.seed)
+        if Path(self.output).is_file():
+            raise ConfigError(f"output {self.output} is a file; name a folder")
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,8 @@ class Review:
 def main(argv: list[str] | None = None) -> None:
     """Do the steps that are not done yet and print the table."""
     config = parse(DemoConfig, argv, prog="python -m minitune.demo", description=__doc__.split("\n")[0])
-    from minitune.checkpoint.sources import fetch
-    from minitune.training.state import file_sha256
+    from minitune.files import file_sha256
+    from minitune.sources import fetch
 
     folder = Path(config.output)
     model = Path(config.model) if Path(config.model).exists() else fetch(config.model, say=print)
@@ -111,7 +116,7 @@ def step(path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) ->
     A folder that the result names has to be there still. Seconds and peak memory (MB, this process so far) of
     the work are added to the result.
     """
-    from minitune.checkpoint.files import atomic_file
+    from minitune.files import atomic_file
 
     stored = read_json(path)
     if stored.get("key") == key and Path(stored["result"].get("result", ".")).is_dir():
@@ -178,7 +183,7 @@ def ask(review: Review, template: str, shots: list[Review]) -> list[dict[str, st
 
 def write_rows(reviews: list[Review], path: Path) -> Path:
     """Write reviews as chats that end with the right answer; returns the path."""
-    from minitune.checkpoint.files import atomic_file
+    from minitune.files import atomic_file
 
     with atomic_file(path) as place, open(place, "w", encoding="utf-8") as file:
         for review in reviews:
@@ -193,13 +198,15 @@ def training_plan(config: DemoConfig, files: dict[str, Path]) -> TrainConfig:
         "config": config.recipe, "model": config.model, "data": files["train"],
         "validation": files["validation"], "output": Path(config.output) / "train", "seed": config.seed,
     }  # fmt: skip
+    if config.method:
+        options["method"] = config.method
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return parse(TrainConfig, arguments, prog="recipe", description="")
 
 
 def run_training(plan: TrainConfig, key: dict[str, Any], marker: Path) -> dict[str, Any]:
     """Train, or go on with an interrupted training of the same settings, which `marker` tells."""
-    from minitune.checkpoint.files import atomic_file
+    from minitune.files import atomic_file
     from minitune.training.run import train
 
     begun = (Path(plan.output) / "config.yaml").is_file()
@@ -248,8 +255,12 @@ class Measured:
         from minitune.device import choose_device, choose_dtype
 
         device = choose_device()
-        model = load_model(self.model, dtype=choose_dtype("auto", device), device=device, adapter=adapter)
-        return model, load_tokenizer(self.model)
+        model = load_model(
+            self.model, dtype=choose_dtype("auto", device), device=device, adapter=adapter, quantize="auto"
+        )
+        tokenizer = load_tokenizer(self.model)
+        tokenizer.check_fits(model.config.vocab_size)
+        return model, tokenizer
 
     def _measure(self, model: Any, tokenizer: Any, template: str, shots: list[Review]) -> dict[str, Any]:
         from tqdm import tqdm
@@ -286,7 +297,7 @@ def _balanced(reviews: list[Review], count: int) -> list[Review]:
 
 def finish(folder: Path, config: DemoConfig, plan: TrainConfig, base: dict, trained: dict, tuned: dict) -> None:
     """Write results.json, print the table, the places and the command to go on with."""
-    from minitune.checkpoint.files import atomic_file
+    from minitune.files import atomic_file
 
     parts = (base, trained, tuned)
     seconds = sum(part["wall_seconds"] for part in parts)
@@ -300,8 +311,8 @@ def finish(folder: Path, config: DemoConfig, plan: TrainConfig, base: dict, trai
     print(table(base, tuned))
     files = json.loads((Path(plan.output) / "data.json").read_text(encoding="utf-8"))
     tokens = sum(file["training_tokens"] for file in files) * (plan.epochs or 1)
-    print(f"training: {trained['steps']} steps, {tokens:,.0f} tokens ({trained['target_tokens']:,} targets) in "
-          f"{trained['seconds']:.0f} s, {tokens / trained['seconds']:.0f} tokens/s")  # fmt: skip
+    print(f"training: {counted(trained['steps'], 'step')}, {tokens:,.0f} tokens ({trained['target_tokens']:,} targets) "
+          f"in {trained['seconds']:.0f} s, {tokens / trained['seconds']:.0f} tokens/s")  # fmt: skip
     print(f"all steps: {seconds:.0f} s, peak memory {peak:,.0f} MB")
     print(f"written: {folder}/results.json, data in {folder}/data, training run and report in {plan.output}")
     print(f"chat with it: python -m minitune.generate --model {config.model} --adapter {trained['result']} --chat"

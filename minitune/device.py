@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from minitune.errors import ConfigError, nearest
+from minitune.errors import ConfigError, counted, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -19,8 +19,9 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device is {name}, but torch finds {torch.cuda.device_count()} GPUs here; use --device cpu")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ConfigError(f"device is {name}, but torch finds {counted(found, 'GPU')} here; use --device cpu")
     return device
 
 

@@ -44,8 +44,26 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
+def check_seed(seed: int | None) -> None:
+    """Raise ConfigError for a seed that torch's generators do not take; None passes."""
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ConfigError(f"seed is {seed}; it must be 0 or more, below 2 to the 63rd")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 token", "2,048 tokens", "2 batches"."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
+
+
+def type_name(value: object) -> str:
+    """Return the kind of a JSON value as a sentence has it: "a str", "an int", "an object", "null"."""
+    name = {"NoneType": "null", "dict": "object"}.get(type(value).__name__, type(value).__name__)
+    return name if name == "null" else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
 MEMORY_KNOBS = (
-    "lower batch_size or max_length, turn on gradient_checkpointing, use dtype bfloat16, or train with method lora"
+    "lower batch_size or max_length, turn on gradient_checkpointing, use dtype bfloat16, or train with method lora "
+    "or qlora"
 )
 
 

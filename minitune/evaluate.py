@@ -43,6 +43,8 @@ class EvaluateConfig:
     """With classify: prompts read at once (default 32); texts are read 4 x 1024 tokens at a time."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and arithmetic; auto is bfloat16 where the processor is fast at it."""
+    quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
+    """Keep the linear layers' weights in 4 or 8 bits; auto does as the adapter's training did."""
     device: str = "auto"
     """cpu, cuda, or auto."""
 
@@ -67,7 +69,7 @@ class EvaluateConfig:
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, read the data, load the model, measure, print, write."""
     config = parse(EvaluateConfig, argv, prog="python -m minitune.evaluate", description=__doc__.split("\n")[0])
-    from minitune.checkpoint.files import atomic_file
+    from minitune.files import atomic_file
 
     if config.output is None:
         print(table(measure(config)))
@@ -82,9 +84,9 @@ def main(argv: list[str] | None = None) -> None:
 def measure(config: EvaluateConfig) -> dict[str, Any]:
     """Return what was measured: {"model", "adapter", "classification", "perplexity", "seconds"}."""
     from minitune.checkpoint.load import load_model, load_tokenizer
-    from minitune.checkpoint.sources import resolve
     from minitune.device import choose_device, choose_dtype
     from minitune.evaluation.classification import read_labelled
+    from minitune.sources import resolve
 
     rows = []
     if config.classify is not None:  # read first: an error in the data should not wait for the model
@@ -92,7 +94,11 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     text = "" if config.perplexity is None else read_text(resolve(config.perplexity))
     tokenizer = load_tokenizer(config.model)
     device = choose_device(config.device)
-    model = load_model(config.model, dtype=choose_dtype(config.dtype, device), device=device, adapter=config.adapter)
+    model = load_model(
+        config.model, dtype=choose_dtype(config.dtype, device), device=device, adapter=config.adapter,
+        quantize=config.quantize,
+    )  # fmt: skip
+    tokenizer.check_fits(model.config.vocab_size)
     start = time.monotonic()
     result: dict[str, Any] = {"model": config.model, "adapter": config.adapter}
     if rows:

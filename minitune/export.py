@@ -1,10 +1,21 @@
 """`python -m minitune.export`: write a model, with an adapter merged in, as a Hugging Face folder."""
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from minitune.cli import parse
 from minitune.errors import ConfigError, run_command
+
+FOUR_BITS = ("nf4", "fp4")
+PROBE = (  # what the merged model is compared with the live one on
+    "The harbour was quiet when the first boats came in. Two of them carried mackerel, the third a broken mast and a "
+    "crew that would not say where it had been. Question: how many boats brought fish? Answer: two. The keeper wrote "
+    "it down, as he did every morning: wind from the north-west, 12 knots, visibility good. def area(width, height): "
+    "return width * height. In 1687 Newton published the laws of motion; the third says that every force has an equal "
+    "and opposite one. Please list three reasons to keep a log, and explain each of them in one sentence."
+)
 
 
 @dataclass(frozen=True)
@@ -16,7 +27,9 @@ class ExportConfig:
         output: the folder to write.
         adapter: an adapter's folder, as training writes it.
         merge: fold the adapter into the weights.
-        dtype: of the weights written; as stored by default (float32 for a quantised GGUF).
+        dtype: of the weights written; as stored by default (float32 for a quantised GGUF). nf4 and fp4 store the linear
+            layers in 4 bits, as bitsandbytes does; not with merge.
+        quantize: with merge, what the adapter's base was kept in when it was trained; auto reads that from the adapter.
         max_shard_gb: above this many gigabytes the weights are split over several files.
         overwrite: replace an exported model that is in the output folder.
     """
@@ -25,7 +38,8 @@ class ExportConfig:
     output: str
     adapter: str | None = None
     merge: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "nf4", "fp4"] | None = None
+    quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
     max_shard_gb: float = 4.0
     overwrite: bool = False
 
@@ -35,6 +49,13 @@ class ExportConfig:
             raise ConfigError("merge needs an adapter; give --adapter FOLDER, or leave --merge out to convert")
         if self.adapter is not None and not self.merge:
             raise ConfigError("an adapter is exported merged; add --merge (alone it has PEFT's format already)")
+        if self.merge and self.dtype in FOUR_BITS:
+            raise ConfigError(
+                f"merging into {self.dtype} is refused: 4 bits are too coarse for an update (of one of 1% of the "
+                "weights about 1.5% survives); merge into bfloat16, and keep the adapter beside a 4-bit base"
+            )
+        if self.quantize != "auto" and not self.merge:
+            raise ConfigError("quantize belongs to merge; to write 4 bits, use --dtype nf4")
         if not self.max_shard_gb > 0:
             raise ConfigError(f"max_shard_gb is {self.max_shard_gb}; it must be above 0")
 
@@ -47,20 +68,43 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     from minitune.checkpoint.huggingface import check_output, save_model
     from minitune.checkpoint.load import has_tokenizer, load_model, load_tokenizer
-    from minitune.checkpoint.merge import merge
 
     check_output(config.output, overwrite=config.overwrite)
     tokenizer = load_tokenizer(config.model) if has_tokenizer(config.model) else None
     if tokenizer is None:
         print(f"{config.model} has no tokenizer; none is written")
-    model = load_model(config.model, dtype=config.dtype, adapter=config.adapter)
+    report = None
     if config.merge:
-        print(merge(model))
+        # A merge starts from what is stored, so that a weight is rounded to the dtype once, with its update.
+        model = load_model(config.model, adapter=config.adapter, quantize=config.quantize)
+        report = merged(model, tokenizer, config.dtype)
+    elif config.dtype in FOUR_BITS:
+        model = load_model(config.model, quantize=config.dtype, keep_quantized=False)
+    else:
+        model = load_model(config.model, dtype=config.dtype)
     save_model(
         model, tokenizer, config.output,
         max_shard_bytes=int(config.max_shard_gb * 1e9), overwrite=config.overwrite,
     )  # fmt: skip
+    if report:
+        (Path(config.output) / "merge_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"written to {config.output}; load it with: python -m minitune.generate --model {config.output} --chat")
+
+
+def merged(model: Any, tokenizer: Any, dtype: str | None) -> dict[str, Any]:
+    """Merge the model's adapter in place, into `dtype`; print and return what survived, and what changed by it."""
+    from minitune.checkpoint.load import as_dtype
+    from minitune.checkpoint.merge import merge
+    from minitune.evaluation.divergence import kl_divergence, next_token_log_probabilities
+
+    ids = tokenizer.encode(PROBE) if tokenizer else list(range(min(128, model.config.vocab_size)))
+    ids = ids[: model.config.max_positions]
+    live = next_token_log_probabilities(model, ids)
+    report = merge(model, as_dtype(dtype))
+    divergence = kl_divergence(live, next_token_log_probabilities(model, ids))
+    print(report)
+    print(f"KL(live || merged) = {divergence:.2e} nats a token over {len(ids)} tokens of a fixed text")
+    return {**asdict(report), "kl_nats_per_token": divergence, "kl_tokens": len(ids)}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         FetchConfig, argv, prog="python -m minitune.fetch", positional="names",
         description="Fetch models and data by name; what is here already is checked and kept.",
     )  # fmt: skip
-    from minitune.checkpoint import sources
+    from minitune import sources
 
     if config.list or not config.names:
         for entry in sources.read_manifest().values():

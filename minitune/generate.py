@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from minitune.cli import parse
-from minitune.errors import ConfigError, DataError, MinituneError, run_command
+from minitune.errors import ConfigError, DataError, MinituneError, check_seed, counted, run_command
 from minitune.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class GenerateConfig(Sampling):
     """With input: prompts answered at once (default 8)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and arithmetic; auto is bfloat16 where the processor is fast at it."""
+    quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
+    """Keep the linear layers' weights in 4 or 8 bits; auto does as the adapter's training did."""
     device: str = "auto"
     """cpu, cuda, or auto."""
 
@@ -71,6 +73,7 @@ class GenerateConfig(Sampling):
             raise ConfigError(f"raw uses no chat template and {other} needs one; leave one of them out")
         if self.seed is not None and self.temperature == 0:
             raise ConfigError("seed has no effect at temperature 0 (greedy); set a temperature above 0")
+        check_seed(self.seed)
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -105,7 +108,11 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = load_tokenizer(config.model)
     device = choose_device(config.device)
-    model = load_model(config.model, dtype=choose_dtype(config.dtype, device), device=device, adapter=config.adapter)
+    model = load_model(
+        config.model, dtype=choose_dtype(config.dtype, device), device=device, adapter=config.adapter,
+        quantize=config.quantize,
+    )  # fmt: skip
+    tokenizer.check_fits(model.config.vocab_size)
     if config.chat:
         chat(model, tokenizer, config)
     elif config.input is not None:
@@ -225,8 +232,8 @@ def answer_file(model: Any, tokenizer: Any, config: GenerateConfig, rows: list[d
     """Answer every row in batches and write them in their order, at once, when all are there."""
     from tqdm import tqdm
 
-    from minitune.checkpoint.files import atomic_file
     from minitune.decoding import generate_texts
+    from minitune.files import atomic_file
 
     prompts = [
         config.asked(row["prompt"]) if "prompt" in row else [*config.opening(), *row["messages"]] for row in rows
@@ -244,7 +251,7 @@ def answer_file(model: Any, tokenizer: Any, config: GenerateConfig, rows: list[d
             result = {"answer": answer.text, "tokens": answer.tokens, "finished": answer.finished}
             file.write(json.dumps(row | result, ensure_ascii=False) + "\n")
     cut = sum(not answer.finished for answer in answers)
-    print(f"{len(rows)} answers in {config.output}; {cut} cut off at max_new_tokens {config.max_new_tokens}")
+    print(f"{counted(len(rows), 'answer')} in {config.output}; {cut} cut off at max_new_tokens {config.max_new_tokens}")
 
 
 if __name__ == "__main__":

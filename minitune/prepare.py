@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from minitune.cli import parse
-from minitune.errors import ConfigError, run_command
+from minitune.errors import ConfigError, check_seed, counted, run_command
 
 if TYPE_CHECKING:
     from minitune.data.examples import Example
@@ -58,6 +58,7 @@ class PrepareConfig:
         """Refuse a count without meaning; the other values are checked where they are used."""
         if self.rows < 0:
             raise ConfigError(f"rows is {self.rows}; it must be 0 or more")
+        check_seed(self.seed)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         positional="files",
     )
     from minitune.checkpoint.load import stored_positions
-    from minitune.checkpoint.sources import resolve
     from minitune.data.lint import inspect_files, refuse_beyond
+    from minitune.sources import resolve
     from minitune.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(resolve(config.model))
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for example in examples[: config.rows]:
-        print(f"{example.origin}: {len(example.ids)} tokens, {sum(example.targets)} targets")
+        print(f"{example.origin}: {len(example.ids)} tokens, {counted(sum(example.targets), 'target')}")
         print(painted(example, tokenizer, coloured) + "\n")
     print("\n".join(report_lines(report, config)))
     if config.json:
@@ -124,7 +125,8 @@ def report_lines(report: "Report", config: PrepareConfig) -> list[str]:
     for file in report.files:
         unread = ", ".join(f"{name} ({count})" for name, count in file["unread_fields"].items())
         note = f"; fields not read: {unread}" if unread else ""
-        lines.append(f"{file['path']}: {file['rows']} rows ({file['format']}), {file['examples']} examples{note}")
+        rows, examples = counted(file["rows"], "row"), counted(file["examples"], "example")
+        lines.append(f"{file['path']}: {rows} ({file['format']}), {examples}{note}")
     if not report.rows:
         return [*lines, *_problem_lines(report)]
     shares = ", ".join(f"{share}% {length}" for share, length in report.percentiles.items())
@@ -138,9 +140,9 @@ def report_lines(report: "Report", config: PrepareConfig) -> list[str]:
         f"{report.shortened} shortened, {report.dropped} dropped)",
         f"empty          {report.empty}",
         f"duplicates     {double['exact']} exact, {double['normalised']} normalised{first}",
-        f"contradictory  {double['other_answer']} questions asked before with another answer",
-        f"an epoch       {report.examples} examples, {report.tokens} tokens, {report.target_tokens} of them targets, "
-        f"{report.batches} batches of {config.batch_size} ({mode})",
+        f"contradictory  {counted(double['other_answer'], 'question')} asked before with another answer",
+        f"an epoch       {counted(report.examples, 'example')}, {counted(report.tokens, 'token')}, "
+        f"{report.target_tokens:,} of them targets, {counted(report.batches, 'batch')} of {config.batch_size} ({mode})",
         f"efficiency     {report.efficiency['packed']:.1%} packed, {report.efficiency['padded']:.1%} padded",
     ]
     return lines + _problem_lines(report)

@@ -1,8 +1,13 @@
 """Fixtures for every test: the real model, fetched once, and tiny random models in Hugging Face's format."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # Triton's interpreter then runs the kernels; it has to know before its first import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -14,7 +19,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct, fetched on first use."""
-    from minitune.checkpoint.sources import fetch
+    from minitune.sources import fetch
 
     return fetch("smollm2-135m-instruct", progress=False)
 

@@ -7,8 +7,7 @@ import random
 
 import pytest
 
-from minitune import demo
-from minitune.checkpoint import sources
+from minitune import demo, sources
 from minitune.errors import ConfigError, DataError
 from minitune.training import run as training
 
@@ -150,3 +149,13 @@ def test_an_interrupted_training_goes_on(stage, tmp_path, monkeypatch, capsys):
 def test_sizes_without_meaning_are_refused():
     with pytest.raises(ConfigError, match="test_rows is 3; it must be at least 8"):
         demo.main(["--test_rows", "3"])
+    with pytest.raises(ConfigError, match="seed is -1"):
+        demo.main(["--seed=-1"])
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "fetch", no_work)
+    (tmp_path / "notes.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="output .*notes.txt is a file; name a folder"):
+        demo.main(["--output", str(tmp_path / "notes.txt")])
+    assert (tmp_path / "notes.txt").read_text() == "years of work"

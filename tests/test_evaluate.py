@@ -99,6 +99,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tiny, tmp_p
         run(tiny, "--perplexity", tmp_path / "a.txt", "--output", tmp_path)
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_has_is_refused(tiny_folder, tmp_path):
+    small = tiny_folder(tmp_path / "model", vocab_size=200, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    (tmp_path / "a.txt").write_text("Hello")
+    with pytest.raises(CheckpointError, match="up to 259 .* has 200 rows"):
+        evaluate.main(["--model", str(small), "--perplexity", str(tmp_path / "a.txt")])
+
+
 def test_a_window_of_nothing_is_not_the_default(tiny, tmp_path):
     with pytest.raises(ConfigError, match="window is 0; it must be at least 1"):
         run(tiny, "--perplexity", tmp_path / "a.txt", "--window", 0)

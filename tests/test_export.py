@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,6 +50,41 @@ def test_conversion_without_adapter_and_without_tokenizer(tiny_folder, tmp_path,
     main(["--model", str(base), "--output", str(tmp_path / "out"), "--dtype", "bfloat16"])
     assert "has no tokenizer" in capsys.readouterr().out
     assert load_model(tmp_path / "out").model.norm.weight.dtype == torch.bfloat16
+
+
+def test_a_merge_into_fewer_bits_rounds_once(folders, tmp_path, capsys):
+    """bf16 has steps of 2^-7 above 1. A weight of 1 + 2^-8 - 2^-12 alone rounds down, to 1, and an update of 2^-9 to
+    that would be lost. Their sum lies above the middle and rounds up. By hand, with U = 2^-9 and the change
+    C = 2^-7 - (2^-8 - 2^-12) = 2^-8 + 2^-12, the share is C / U = 2.125."""
+    base, adapter = folders[0], tmp_path / "small"
+    weights = safetensors.torch.load_file(base / "model.safetensors")
+    names = [name for name in weights if name.endswith("q_proj.weight")]
+    for name in names:
+        weights[name].fill_(1 + 2**-8 - 2**-12)
+    safetensors.torch.save_file(weights, base / "model.safetensors")
+    model = load_model(base)
+    for lora in add_lora(model, LoRAConfig(rank=1, alpha=1.0, target_modules=("q_proj",))).values():
+        lora.A.data.fill_(1.0)
+        lora.B.data.fill_(2**-9)
+    save_adapter(model, adapter, str(base))
+    output = tmp_path / "out"
+    main(["--model", str(base), "--adapter", str(adapter), "--merge", "--dtype", "bfloat16", "--output", str(output)])
+    assert f"merged {len(names)} layers into bfloat16: 212.50% of the update survived" in capsys.readouterr().out
+    written = safetensors.torch.load_file(output / "model.safetensors")
+    for name, stored in weights.items():
+        expected = torch.full_like(stored, 1 + 2**-7) if name in names else stored
+        assert torch.equal(written[name], expected.bfloat16()), name
+
+
+def test_weights_beyond_the_range_of_the_dtype_are_refused_by_name(folders, tmp_path):
+    base, adapter, _ = folders
+    weights = safetensors.torch.load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] = 1e5  # fp16 ends at 65,504
+    safetensors.torch.save_file(weights, base / "model.safetensors")
+    export = ["--model", str(base), "--adapter", str(adapter), "--merge", "--output", str(tmp_path / "out")]
+    with pytest.raises(CheckpointError, match="model.norm.weight"):
+        main([*export, "--dtype", "float16"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_overwriting_is_explicit_and_spares_other_folders(folders, tmp_path):

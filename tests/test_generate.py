@@ -142,6 +142,7 @@ def test_file_of_prompts(tiny, tmp_path, capsys):
         (("--input", "a.txt"), "output is missing"),
         (("--chat", "--raw"), "raw uses no chat template and chat needs one"),
         (("--prompt", "a", "--seed", "1"), "seed has no effect at temperature 0"),
+        (("--prompt", "a", "--temperature", "1", "--seed=-1"), "seed is -1; it must be 0 or more"),
         (("--prompt", "a", "--max_new_tokens", "0"), "max_new_tokens is 0"),
         (("--prompt", "a", "--temperature", "-1"), "temperature is -1"),
         (("--prompt", "a", "--promt", "b"), "unknown option 'promt'; did you mean 'prompt'"),
@@ -216,3 +217,9 @@ def test_lines_from_a_pipe_are_answered_without_prompts(tiny, capsys, monkeypatc
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     run(tiny, "--chat", "--max_new_tokens", "3")
     assert capsys.readouterr().out == answer_of(tiny, "Hello", max_new_tokens=3) + "\n"
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_is_refused(tiny_folder, tmp_path):
+    small = tiny_folder(tmp_path, vocab_size=200, bos_token_id=1, eos_token_id=2, pad_token_id=3)  # 260 ids
+    with pytest.raises(CheckpointError, match=f"{small}: .* up to 259 .*<.pad.>.* has 200 rows"):
+        run(str(small), "--prompt", "Hello")

@@ -11,10 +11,11 @@ import pytest
 from tests.sizes import ROOT, sources
 
 FLOORS = [
-    {"errors", "kernels"},
-    {"cli", "device", "sampling", "ops", "text"},
+    {"errors"},
+    {"files", "kernels", "safetensors_io"},
+    {"cli", "device", "sampling", "sources", "ops", "text"},
     {"model", "data", "losses"},
-    {"checkpoint", "decoding", "memory"},
+    {"checkpoint", "decoding", "memory", "reporting"},
     {"training", "evaluation"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -72,6 +73,8 @@ def test_imports_go_down_only():
         ("data", "from minitune.losses import sft"),
         ("train", "from minitune.evaluate import main"),
         ("model", "from minitune import checkpoint"),
+        ("sources", "from minitune.data.reading import read_rows"),
+        ("reporting", "from minitune.training.state import Progress"),
         ("training", "import peft"),
     ],
 )

@@ -1,5 +1,6 @@
 """The train command: exit codes, and every mistake as one line with nothing lost."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -45,7 +46,7 @@ def train(model, rows, tmp_path, capsys):
     return call
 
 
-def refused(outcome, *parts):
+def assert_refused(outcome, *parts):
     code, lines = outcome
     errors = [line for line in lines if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and lines[-1] == errors[0], lines
@@ -110,33 +111,34 @@ def test_an_adapter_is_trained_further(train, tmp_path):
         (["--resume"], ["holds no run to resume"]),
         (["--device", "cuda:7"], ["cuda:7"]),
         (["--seed", "9" * 20], ["seed is 999"]),
+        (["--seed=-1"], ["seed is -1"]),
         (["--validation", '[{"path":"rows.jsonl","wieght":1}]'], ["no list of files", "path, weight"]),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_folder(train, tmp_path, argv, parts):
-    refused(train(*argv), *parts)
+    assert_refused(train(*argv), *parts)
     assert not (tmp_path / "run").exists()
 
 
 def test_missing_and_broken_data(train, tmp_path):
-    refused(train(data=tmp_path / "rws.jsonl"), "rws.jsonl: no such file; did you mean 'rows.jsonl'?")
+    assert_refused(train(data=tmp_path / "rws.jsonl"), "rws.jsonl: no such file; did you mean 'rows.jsonl'?")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": ')
-    refused(train(data=tmp_path / "broken.jsonl"), "broken.jsonl:2")
-    refused(train(data=None), "--data")
-    refused(train("--validation_fraction", "0.999999"), "no row is left to train on")
+    assert_refused(train(data=tmp_path / "broken.jsonl"), "broken.jsonl:2")
+    assert_refused(train(data=None), "--data")
+    assert_refused(train("--validation_fraction", "0.999999"), "no row is left to train on")
 
 
 def test_an_output_that_holds_a_run_is_kept(train, tmp_path):
     train()
     before = (tmp_path / "run" / "report.md").read_bytes()
-    refused(train(), "already holds a run", "--resume", "--overwrite", "--output")
+    assert_refused(train(), "already holds a run", "--resume", "--overwrite", "--output")
     assert (tmp_path / "run" / "report.md").read_bytes() == before
-    refused(train("--overwrite", "--lora.target_modules", "[q_prj]"), "q_prj")
+    assert_refused(train("--overwrite", "--lora.target_modules", "[q_prj]"), "q_prj")
     assert (tmp_path / "run" / "report.md").read_bytes() == before, "deleted only once all else is in order"
     assert train("--overwrite", "--seed", "5")[0] == 0
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
-    refused(train("--overwrite", output=tmp_path / "other"), "thesis.tex")
+    assert_refused(train("--overwrite", output=tmp_path / "other"), "thesis.tex")
     assert (tmp_path / "other" / "thesis.tex").exists()
 
 
@@ -145,21 +147,21 @@ def test_resume_needs_no_other_option_and_refuses_changed_ones(train, tmp_path, 
     report = (tmp_path / "run" / "report.md").read_text()
     assert main(["--output", str(tmp_path / "run"), "--resume"]) == 0
     assert (tmp_path / "run" / "report.md").read_text().split("| peak memory")[0] == report.split("| peak memory")[0]
-    refused(train("--resume", "--lora.rank", "2"), "lora.rank was 16 and is now 2")
-    refused(train("--resume", "--method", "full"), "lora is set but method is full")
+    assert_refused(train("--resume", "--lora.rank", "2"), "lora.rank was 16 and is now 2")
+    assert_refused(train("--resume", "--method", "full"), "lora is set but method is full")
 
 
-def test_rows_beyond_the_positions_of_the_model_are_refused(train, tmp_path):
+def test_rows_beyond_the_positions_of_the_model_are_assert_refused(train, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text("\n".join(json.dumps({"prompt": f"{i}?", "completion": "yes " * 400}) for i in range(40)))
-    refused(train("--max_length", "4096", data=long), "long.jsonl:", "the model reads at most 256", "max_length")
+    assert_refused(train("--max_length", "4096", data=long), "long.jsonl:", "the model reads at most 256", "max_length")
     assert not (tmp_path / "run").exists()
     assert train("--max_length", "1024")[0] == 0, "packed rows may be longer: positions restart in each example"
 
 
 def test_validation_rows_that_are_training_rows_are_called_out(train, rows):
     lines = train("--validation", str(rows))[1]
-    assert any(line.startswith("40 validation examples are training examples too") for line in lines)
+    assert any(line.startswith("40 validation examples stood among the training examples too") for line in lines)
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(train, tmp_path, monkeypatch):
@@ -172,7 +174,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(train, tmp_path, monkeypatch
         original(path, tensors)
 
     monkeypatch.setattr(state, "write_tensors", full)
-    refused(train(), "the disk is full")
+    assert_refused(train(), "the disk is full")
     monkeypatch.undo()
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [path.name for path in checkpoints.glob("*step*")] == ["step-0000002"]
@@ -184,13 +186,46 @@ def test_exhausted_memory_names_the_knobs(train, monkeypatch):
         return torch.empty(10**15).sum(), 1, {}
 
     monkeypatch.setattr(run, "supervised", greedy)
-    refused(train(), "out of memory", "batch_size", "max_length", "gradient_checkpointing", "method lora")
+    assert_refused(train(), "out of memory", "batch_size", "max_length", "gradient_checkpointing", "method lora")
 
 
 def test_a_rate_that_diverges_stops_with_advice(train):
     outcome = train("--max_steps", "60", "--method", "full", "--optimizer.learning_rate", "3", "--schedule.kind",
                     "constant", "--optimizer.max_grad_norm", "null")  # fmt: skip
-    refused(outcome, "lower optimizer.learning_rate")
+    assert_refused(outcome, "lower optimizer.learning_rate")
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_names_the_way_on(train, tmp_path, monkeypatch):
+    right = run.supervised
+    monkeypatch.setattr(run, "supervised", lambda model, batch: (right(model, batch)[0] * float("nan"), 1, {}))
+    assert_refused(train("--validation_fraction", "0"), "step 1: the loss is nan", "--overwrite", str(tmp_path / "run"))
+    monkeypatch.undo()
+    assert_refused(train(), "already holds a run")
+    assert train("--overwrite")[0] == 0
+
+
+def cut_embedding(folder, rows):
+    """Give the model in `folder` an embedding of `rows` rows, fewer or more than its tokenizer has ids."""
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    whole = tensors["model.embed_tokens.weight"]  # (V, D)
+    spare = torch.zeros(max(0, rows - len(whole)), whole.shape[1])
+    tensors["model.embed_tokens.weight"] = torch.cat([whole[:rows], spare]).contiguous()
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    fields = json.loads((folder / "config.json").read_text())
+    fields |= {"vocab_size": rows, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_is_refused(train, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "other")
+    cut_embedding(folder, 264)
+    assert train("--model", str(folder))[0] == 0, "embeddings padded to a round size are usual"
+    cut_embedding(folder, 259)  # one less than the tokenizer has: the highest id, 259, is that of <|pad|>
+    outcome = train("--model", str(folder), output=tmp_path / "second")
+    assert_refused(outcome, str(folder), "up to 259", "<|pad|>", "has 259 rows")
+    assert not (tmp_path / "second").exists()
 
 
 def test_sigterm_saves_and_ends_with_143(model, rows, tmp_path):
@@ -218,13 +253,13 @@ def test_a_run_without_optional_packages(train, tmp_path, monkeypatch):
 
 
 def test_two_runs_do_not_share_a_folder(train, tmp_path):
-    from minitune.checkpoint.files import sole_writer
+    from minitune.files import sole_writer
 
     train()
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with sole_writer(tmp_path / "run"):
-        refused(train("--resume"), "another process is writing to", "run")
-        refused(train("--overwrite"), "another process is writing to", "run")
+        assert_refused(train("--resume"), "another process is writing to", "run")
+        assert_refused(train("--overwrite"), "another process is writing to", "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -244,8 +279,8 @@ def test_ctrl_c_between_the_run_files_and_the_first_step_saves(train, tmp_path, 
 
 
 def test_the_report_shows_the_weights_that_were_kept_and_commands_that_can_be_pasted(tmp_path):
+    from minitune.reporting.report import write_report
     from minitune.training.config import TrainConfig
-    from minitune.training.report import write_report
 
     folder = tmp_path / "my run"
     folder.mkdir()
@@ -257,8 +292,9 @@ def test_the_report_shows_the_weights_that_were_kept_and_commands_that_can_be_pa
     names = ("minitune", "torch", "dtype", "device", "threads", "processor")
     (folder / "environment.json").write_text(json.dumps(dict.fromkeys(names, "x")))
     outcome = {"status": "finished", "steps": 2, "base_loss": 3.0, "best_loss": 1.0, "best_step": 1, "seconds": 1.0,
-               "target_tokens": 9, "peak_rss_mb": 1.0, "result": folder / "adapter"}  # fmt: skip
-    text = write_report(folder, TrainConfig(data="rows.jsonl").resolved(), outcome).read_text()
+               "target_tokens": 9, "peak_rss_mb": 1.0, "parted_step": None, "result": folder / "adapter"}  # fmt: skip
+    options = dataclasses.asdict(TrainConfig(data="rows.jsonl").resolved())
+    text = write_report(folder, options, outcome).read_text()
     assert "answer of 0" in text and "answer of 1" in text and "answer of 2" not in text
     assert f"--adapter '{folder}/adapter' --chat" in text and f"--output '{folder}/merged'" in text
     assert "```python\nimport transformers\n" in text

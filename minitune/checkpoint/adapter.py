@@ -5,6 +5,8 @@ Which modules are adapted is read from those names, which is the truth, rather t
 which is a pattern. A field of the config that would change the result and is not implemented is refused.
 """
 
+import dataclasses
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +14,20 @@ from typing import Any
 
 import torch
 
-from minitune.checkpoint.files import atomic_file
 from minitune.checkpoint.huggingface import read_json, refuse_pickle, write_json
-from minitune.checkpoint.safetensors_io import StoredTensor, read_header, write_tensors
+from minitune.checkpoint.prequantized import configuration
 from minitune.errors import CheckpointError, ConfigError
-from minitune.model.config import LoRAConfig
-from minitune.model.lora import add_lora, linear_modules, lora_modules
+from minitune.files import atomic_file
+from minitune.model.config import LoRAConfig, QuantizationConfig
+from minitune.model.lora import add_lora, linear_modules, lora_modules, quantized_weights
 from minitune.model.transformer import Transformer
+from minitune.safetensors_io import StoredTensor, read_header, read_metadata, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LISTED = 8
+_BASE = "minitune.base_quantization"  # in the file's metadata: PEFT's config has no field for it
 
 _USED = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
 # Where it came from, or which modules it has; the tensors themselves say the latter.
@@ -73,6 +77,19 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
     return config
 
 
+def adapter_quantization(folder: str | Path) -> QuantizationConfig | None:
+    """Return how the base was quantised that the adapter in `folder` was trained on; None where it was not, or unsaid.
+
+    Raises CheckpointError where that record is damaged.
+    """
+    path = Path(folder) / WEIGHTS
+    text = read_metadata(path).get(_BASE) if path.is_file() else None
+    try:
+        return None if text is None else QuantizationConfig(**json.loads(text))
+    except (ValueError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: its record of the base's quantisation is damaged ({error})") from None
+
+
 def all_finite(tensor: torch.Tensor) -> bool:
     """Tell whether all is finite. The sum says so in a tenth of the time, unless it overflows."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
@@ -119,8 +136,10 @@ def save_adapter(
         "modules_to_save": None,
     }
     folder = Path(folder)
+    quantized = next(iter(quantized_weights(model).values()), None)
+    base = {} if quantized is None else {_BASE: json.dumps(dataclasses.asdict(configuration(quantized)))}
     with atomic_file(folder / WEIGHTS) as temporary:
-        write_tensors(temporary, tensors)
+        write_tensors(temporary, tensors, base)
     with atomic_file(folder / CONFIG) as temporary:
         write_json(temporary, fields)
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from minitune.checkpoint.files import atomic_folder
-from minitune.checkpoint.safetensors_io import StoredTensor, read_header, write_tensors
+from minitune.checkpoint.prequantized import expand, settings_of
 from minitune.errors import CheckpointError
-from minitune.model.lora import lora_modules
+from minitune.files import atomic_folder
+from minitune.model.lora import lora_modules, quantized_weights
 from minitune.model.transformer import Transformer
+from minitune.safetensors_io import StoredTensor, read_header, write_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -125,9 +126,13 @@ def save_model(
     """
     if lora_modules(model):
         raise CheckpointError("the model has an adapter; merge it first, or save the adapter alone (save_adapter)")
-    tensors = dict(model.state_dict())
-    dtype = dtype or tensors["model.embed_tokens.weight"].dtype
+    dtype = dtype or model.head_weight.dtype
     config = {**model.config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
+    quantized = {f"{path}.weight": weight for path, weight in quantized_weights(model).items()}
+    if quantized:
+        config["quantization_config"] = settings_of(quantized.values(), dtype)
+    parameters = model.state_dict()
+    tensors, dtypes = parameters | expand(quantized), dict.fromkeys(parameters, dtype)
     stops = [*model.config.eos_ids, *(tokenizer.end_ids if tokenizer else ())]
     generation = {
         "bos_token_id": model.config.bos_id,
@@ -139,7 +144,7 @@ def save_model(
             tokenizer.save(temporary)
         write_json(temporary / "config.json", config)
         write_json(temporary / "generation_config.json", {k: v for k, v in generation.items() if v not in (None, [])})
-        _write_shards(temporary, tensors, dtype, max_shard_bytes)
+        _write_shards(temporary, tensors, dtypes, max_shard_bytes)
 
 
 def check_output(folder: str | Path, *, overwrite: bool) -> None:
@@ -159,12 +164,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, limit: int) -> None:
-    """Write `tensors` in their order, as few files as `limit` bytes each allow."""
+def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype], limit: int) -> None:
+    """Write `tensors` in their order, in `dtypes` where named, as few files as `limit` bytes each allow."""
+    sizes = {name: tensor.numel() * dtypes.get(name, tensor.dtype).itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * dtype.itemsize
+    for name, size in sizes.items():
         if shards[-1] and filled + size > limit:
             shards.append([])
             filled = 0
@@ -173,8 +178,7 @@ def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.d
     files = [SINGLE]
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        total = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
     for file, names in zip(files, shards, strict=True):
-        write_tensors(folder / file, {name: tensors[name].to(dtype) for name in names})
+        write_tensors(folder / file, {name: tensors[name].to(dtypes.get(name, tensors[name].dtype)) for name in names})

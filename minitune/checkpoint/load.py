@@ -2,9 +2,12 @@
 
 What the file holds is compared with what the model needs before anything is allocated, and every misfit is
 listed in one error. Then each tensor is read, dequantised or converted straight into its place, on a few
-threads. Building a state dict first was rejected: it would hold the model twice.
+threads. Building a state dict first was rejected: it would hold the model twice. With `quantize`, a linear weight has
+no place of its own: each is read, quantised and dropped, so that the full-precision model is never held.
 """
 
+import contextlib
+import dataclasses
 import math
 import os
 from collections import Counter
@@ -15,13 +18,16 @@ from typing import Any, Protocol
 
 import torch
 
-from minitune.checkpoint.adapter import all_finite, fail_listing, load_adapter
-from minitune.checkpoint.huggingface import open_folder, read_json, refuse_pickle
-from minitune.checkpoint.sources import resolve
+from minitune.checkpoint.adapter import adapter_quantization, all_finite, fail_listing, load_adapter
+from minitune.checkpoint.huggingface import open_folder, read_json, refuse_pickle, save_model
+from minitune.checkpoint.prequantized import StoredQuantized, check_settings, configuration, group, kept_folder
 from minitune.device import DTYPES
 from minitune.errors import CheckpointError, ConfigError, nearest
-from minitune.model.config import ModelConfig
+from minitune.model.config import ModelConfig, QuantizationConfig
+from minitune.model.linear import Linear
 from minitune.model.transformer import Transformer
+from minitune.ops.nf4 import quantize as quantize_weight
+from minitune.sources import resolve
 
 _THREADS = 4
 _IGNORED = (".rotary_emb.inv_freq",)  # a table that old checkpoints store; it follows from the config
@@ -43,6 +49,8 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     adapter: str | Path | None = None,
+    quantize: QuantizationConfig | str | None = None,
+    keep_quantized: bool = True,
 ) -> Transformer:
     """Load a model from a Hugging Face folder or a GGUF file; a tokenizer need not be there.
 
@@ -52,6 +60,10 @@ def load_model(
             most elements); fp32 for a quantised GGUF.
         device: where the weights go, each as it arrives; the CPU by default.
         adapter: a folder in PEFT's format, added on top (see `load_adapter`).
+        quantize: "nf4", "fp4", "int8" or a QuantizationConfig: keep the linear layers' weights in that; `dtype` is then
+            that of the rest and of the arithmetic. "auto": as the base of `adapter` was in its training. A folder in
+            bitsandbytes' 4 bits is read as it is.
+        keep_quantized: keep what was quantised to 4 bits beside the fetched weights, and use it the next time.
 
     Returns:
         The model in evaluation mode.
@@ -62,21 +74,75 @@ def load_model(
         ConfigError: an architecture or a field of config.json that is not implemented, or an unknown dtype.
     """
     path = resolve(name_or_path)
+    if quantize == "auto":
+        quantize = None if adapter is None else adapter_quantization(resolve(adapter))
+    elif isinstance(quantize, str):
+        quantize = None if quantize == "none" else QuantizationConfig(quantize)
     fields, tensors = _open(path)
-    config = ModelConfig.from_hf(fields, where=str(path))
-    head = tensors.pop("lm_head.weight", None) if config.tie_embeddings else None
-    _check_fit(config, tensors, path)
-    wanted = as_dtype(dtype) or _stored_dtype(tensors)
-    model = Transformer(config, dtype=wanted, device=device or "cpu", init=False)
-    places = model.state_dict()
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda name: _fill(tensors[name], places[name], f"{path}: {name}"), places):
-            pass
-    if head is not None:
-        _check_tied(head, model.head_weight, path)
+    if quantize and not fields.get("quantization_config"):
+        kept = kept_folder(_gguf_file(path), quantize, as_dtype(dtype) or _stored_dtype(tensors))
+        if (kept / "config.json").is_file():
+            path, (fields, tensors) = kept, _open(kept)
+    model = _build(path, fields, tensors, as_dtype(dtype), device or "cpu", quantize)
+    if quantize and quantize.kind != "int8" and keep_quantized and not fields.get("quantization_config"):
+        with contextlib.suppress(OSError):  # where nothing can be written, the next load takes as long, and that is all
+            save_model(model, None, kept, overwrite=True)  # another process may have been faster
     if adapter is not None:
         load_adapter(model, resolve(adapter))
     return model.eval()
+
+
+def _build(path, fields, tensors, dtype, device, quantize: QuantizationConfig | None) -> Transformer:
+    """Return the model with all its weights read, in `dtype` (None: as stored), quantised where that is asked for."""
+    settings = fields.get("quantization_config")
+    config = ModelConfig.from_hf({k: v for k, v in fields.items() if k != "quantization_config"}, where=str(path))
+    if settings:
+        check_settings(settings, path)
+        tensors = group(tensors)
+    head = tensors.pop("lm_head.weight", None) if config.tie_embeddings else None
+    _check_fit(config, tensors, path)
+    wanted = dtype or _stored_dtype(tensors)
+    sparse = bool(quantize or settings)  # then each weight gets its memory when it is read
+    model = Transformer(config, dtype=wanted, device="meta" if sparse else device, init=False)
+    places = model.state_dict()
+
+    def fill(name: str) -> None:
+        where = f"{path}: {name}"
+        if sparse:
+            _put(model, name, tensors[name], wanted, device, quantize, where)
+        else:
+            _fill(tensors[name], places[name], where)
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(fill, places):
+            pass
+    if head is not None:
+        _check_tied(head, model.head_weight, path)
+    return model
+
+
+def _put(model, name: str, stored, dtype, device, quantize: QuantizationConfig | None, where: str) -> None:
+    """Give a parameter of a model without memory its weight, quantised if it is a linear layer's."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    inner = isinstance(module, Linear) and leaf == "weight" and module is not model.lm_head
+    if isinstance(stored, StoredQuantized):
+        if not inner:
+            raise CheckpointError(f"{where} is quantised, which is supported for the layers' linear weights only")
+        weight = stored.read().apply(lambda part: part.to(device))
+    else:
+        kept_dtype = stored.dtype if inner and quantize else dtype
+        weight = torch.empty(stored.shape, dtype=kept_dtype, device=device)
+        _fill(stored, weight, where)
+        if not (inner and quantize):
+            setattr(module, leaf, torch.nn.Parameter(weight))
+            return
+        weight = quantize_weight(weight, **quantize.arguments(), name=where)
+    if quantize and configuration(weight) != quantize:
+        raise ConfigError(
+            f"{where} is stored as {configuration(weight)}, not {quantize}; ask for that, or leave it out"
+        )
+    module.replace_weight(dataclasses.replace(weight, dtype=dtype))
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:

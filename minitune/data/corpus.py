@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitune.data.batching import Batch, collate, mix, plan_batches
-from minitune.data.examples import Example, TrainOn, Truncate, build_examples
+from minitune.data.examples import Example, TrainOn, Truncate, build_examples, row_origin
 from minitune.data.formats import FormatName, Record, read_records
-from minitune.data.reading import file_sha256
 from minitune.data.splits import question_key, split_by_hash
 from minitune.errors import DataError
+from minitune.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -139,16 +139,21 @@ def _encode(records: list[Record], tokenizer: Any, encoding: Encoding) -> list[E
 def _split(
     records: list[Record], tokenizer: Any, encoding: Encoding, share: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Return (training, validation) examples; windows of one long text are held out by their place in it."""
+    """Return (training, validation) examples by their rows' questions, a text file's windows by their place in it.
+
+    The rows are encoded before they are split: a part whose rows are all left out is empty, not an error.
+    """
+    examples = _encode(records, tokenizer, encoding)
     if not share:
-        return _encode(records, tokenizer, encoding), []
-    fractions = {"training": 1 - share, "validation": share}
-    if any(record.document for record in records):
-        parts = split_by_hash(_encode(records, tokenizer, encoding), fractions, seed, lambda e: e.origin)
-        return parts["training"], parts["validation"]
-    parts = split_by_hash(records, fractions, seed, question_key)
-    learned, held = (_encode(part, tokenizer, encoding) if part else [] for part in parts.values())
-    return learned, held
+        return examples, []
+    questions = {record.origin: question_key(record) for record in records if not record.document}
+    parts = split_by_hash(
+        examples,
+        {"training": 1 - share, "validation": share},
+        seed,
+        lambda example: questions.get(row_origin(example), example.origin),
+    )
+    return parts["training"], parts["validation"]
 
 
 def _entry(source: Source, role: str, learned: list[Example], held: list[Example]) -> dict[str, Any]:

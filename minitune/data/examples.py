@@ -16,13 +16,14 @@ peers' silent truncation loses the end-of-turn token, and with it the model's ab
 - "drop" leaves over-long rows out.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from minitune.data.formats import Record
 from minitune.data.reading import RowError
-from minitune.errors import ConfigError, DataError
+from minitune.errors import ConfigError, DataError, counted
 
 Truncate = Literal["error", "prompt", "split", "drop"]
 TrainOn = Literal["all", "last"]
@@ -67,15 +68,14 @@ class Survey:
     def problem(self) -> str | None:
         """Return why these records cannot be trained on, in one line, or None."""
         if self.errors:
-            more = f" ({len(self.errors) - 1} more such rows)" if self.errors[1:] else ""
+            more = f" ({counted(len(self.errors) - 1, 'more such row')})" if self.errors[1:] else ""
             return f"{self.errors[0]}{more}"
         if self.over_long:
             share = ", ".join(f"{p}% {n}" for p, n in percentiles(self.lengths).items())
-            count = f"{len(self.over_long)} of {len(self.lengths)}"
-            if len(self.over_long) == len(self.lengths):
-                count = f"all {len(self.lengths)}"
+            long, rows = len(self.over_long), counted(len(self.lengths), "row")
+            count = f"{'all' if 1 < long == len(self.lengths) else f'{long} of'} {rows} {'is' if long == 1 else 'are'}"
             first = ", ".join(f"{origin} ({length})" for origin, length in self.over_long[:3])
-            found = f"{count} rows are over max_length {self.max_length} (tokens: {share}); first: {first}"
+            found = f"{count} over max_length {self.max_length} (tokens: {share}); first: {first}"
             return f"{found}; {self.remedy}"
         return None if self.examples else "no row to train on; give a file with rows"
 
@@ -188,6 +188,11 @@ def _windows(example: Example, limit: int) -> Iterator[Example]:
         part = slice(start, start + limit)
         targets = (False, *example.targets[part][1:])
         yield Example(example.ids[part], targets, f"{example.origin} (window {number})")
+
+
+def row_origin(example: Example) -> str:
+    """Return the origin of the row that an example, or the window that it is, comes from."""
+    return re.sub(r" \(window \d+\)$", "", example.origin)
 
 
 def _cut_prompt(record: Record, example: Example, tokenizer: Any, limit: int, train_on: TrainOn) -> Example | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minitune.data.reading import RowError, read_rows
-from minitune.errors import ConfigError, DataError, nearest
+from minitune.errors import ConfigError, DataError, counted, nearest, type_name
 
 FormatName = Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text"]
 
@@ -48,8 +48,9 @@ _MARKS = ("weight", "loss_weight", "train")
 class Record:
     """One row: a chat (`messages`), `prompt` and `completion`, or `text`; an alpaca row has the first two.
 
-    `origin` is file:line. The first `context` messages are never targets. `document` marks a whole file of
-    text, which is cut into windows of the maximal length. `unread` names the row's fields that are not used.
+    `origin` is file:line, with "(row N)" where rows share a line. The first `context` messages are never targets.
+    `document` marks a whole file of text, which is cut into windows of the maximal length. `unread` names the row's
+    fields that are not used.
     """
 
     origin: str
@@ -71,8 +72,8 @@ def read_records(path: str | Path, format: FormatName = "auto", columns: dict[st
     rows = list(scan_records(path, format, columns))
     errors = [row for row in rows if isinstance(row, RowError)]
     if errors:
-        more = f" ({len(errors) - 1} more such rows: python -m minitune.prepare {path})" if errors[1:] else ""
-        raise DataError(f"{errors[0]}{more}")
+        more = counted(len(errors) - 1, "more such row")
+        raise DataError(f"{errors[0]}{f' ({more}: python -m minitune.prepare {path})' if errors[1:] else ''}")
     return rows
 
 
@@ -162,8 +163,7 @@ def _string(fields: dict[str, Any], name: str, origin: str, *, optional: bool = 
     if name not in fields:
         raise RowError(origin, f"the field '{name}' is missing{nearest(name, fields)}", "add it or remove the row")
     if not isinstance(value, str):
-        kind = {"NoneType": "null", "dict": "an object"}.get(type(value).__name__, f"a {type(value).__name__}")
-        raise RowError(origin, f"the field '{name}' is {kind}, not text", "write it as a string")
+        raise RowError(origin, f"the field '{name}' is {type_name(value)}, not text", "write it as a string")
     if "\0" in value:
         raise RowError(origin, f"the field '{name}' holds a NUL character", "remove it")
     try:

@@ -15,7 +15,7 @@ from minitune.data.examples import Example, Survey, TrainOn, Truncate, percentil
 from minitune.data.formats import FormatName, Record, scan_records
 from minitune.data.reading import RowError
 from minitune.data.splits import duplicates, question_key, row_key, row_parts
-from minitune.errors import ConfigError, DataError
+from minitune.errors import ConfigError, DataError, counted
 
 _SHOWN_ORIGINS = 3
 _BINS = 12
@@ -80,7 +80,7 @@ def inspect_files(
 ) -> tuple[Report, list[Example]]:
     """Return the report on `files` and the examples of the first epoch; raises only for impossible options."""
     if len(weights) != len(files):
-        raise ConfigError(f"{len(weights)} weights for {len(files)} files; give one for each")
+        raise ConfigError(f"{counted(len(weights), 'weight')} for {counted(len(files), 'file')}; give one for each")
     report, kinds, sources, records, lengths = Report(), {}, [], [], []
     mixed_counts([1] * len(files), weights)
     for path, weight in zip(files, weights, strict=True):

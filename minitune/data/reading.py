@@ -1,21 +1,22 @@
 """Rows out of files: bytes -> (origin, fields), where an origin is "file:line".
 
 Every row keeps the line it starts on, so that any later complaint can point at it. For that a JSON array is
-walked element by element instead of by one `json.load`, which forgets positions. A row that is broken is
+walked element by element instead of by one `json.load`, which forgets positions; where its rows share a line,
+the origin is "file:line (row N)", N counting from 1 in the array. So each row has its own. A row that is broken is
 yielded as an error and the reading goes on where it can; a file that cannot be read at all raises. The
 `datasets` library was rejected: it guesses types, caches on disk and loses the line numbers.
 """
 
 import codecs
 import csv
-import hashlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from minitune.errors import DataError, nearest
+from minitune.errors import DataError, counted, nearest, type_name
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
@@ -103,49 +104,52 @@ def _json_lines(path: str, text: str) -> Iterator[tuple[str, dict | RowError]]:
 
 def _json_array(path: str, text: str) -> Iterator[tuple[str, dict | RowError]]:
     """Yield the elements of one JSON array; what is broken ends it, for there is no telling where to go on."""
-    position, counted, line = text.index("[") + 1, 0, 1
+    position, seen, line, last = text.index("[") + 1, 0, 1, 0
+    one_line = "\n" not in text.strip()
     try:
-        while True:
+        for row in itertools.count(1):
             position = _SPACE.match(text, position).end()
-            line += text.count("\n", counted, position)
-            counted = position
+            line += text.count("\n", seen, position)
+            seen = position
             if text.startswith("]", position):
                 break
-            fields, position = _json_value(text, position, path, line)
-            yield f"{path}:{line}", fields
+            mark = f" (row {row})" if one_line or line == last else ""
+            fields, position = _json_value(text, position, path, line, mark)
+            yield f"{path}:{line}{mark}", fields
+            last = line
             position = _SPACE.match(text, position).end()
             if text.startswith(",", position):
                 position += 1
             elif not text.startswith("]", position):
-                raise _broken(path, line + text.count("\n", counted, position), "no ',' or ']' after a row")
+                raise _broken(path, line + text.count("\n", seen, position), "no ',' or ']' after a row", mark)
         if text[position + 1 :].strip():
             raise _broken(path, line, "text after the array's ']'")
     except RowError as error:
         yield error.origin, error
 
 
-def _json_value(text: str, start: int, path: str, line: int) -> tuple[dict | RowError, int]:
+def _json_value(text: str, start: int, path: str, line: int, mark: str = "") -> tuple[dict | RowError, int]:
     """Return the JSON object at `start`, on `line` (an error when it is no plain object), and where it ends."""
-    origin = f"{path}:{line}"
+    origin = f"{path}:{line}{mark}"
     try:
         value, end = _STRICT.raw_decode(text, start)
     except _RepeatedField as error:
         _, end = _LOOSE.raw_decode(text, start)
         return RowError(origin, f"the field '{error}' is given twice", "keep one of them"), end
     except json.JSONDecodeError as error:
-        raise _broken(path, line + text.count("\n", start, error.pos), error.msg) from None
+        raise _broken(path, line + text.count("\n", start, error.pos), error.msg, mark) from None
     except (RecursionError, ValueError) as error:  # nested too deeply; an integer of thousands of digits
-        raise _broken(path, line, str(error)) from None
+        raise _broken(path, line, str(error), mark) from None
     if not isinstance(value, dict):
-        problem = f"a row that is a {type(value).__name__}, not an object"
+        problem = f"a row that is {type_name(value)}, not an object"
         return RowError(origin, problem, 'write rows like {"instruction": ..., "output": ...}'), end
     return value, end
 
 
-def _broken(path: str, line: int, what: str) -> RowError:
-    """Return the error for JSON that stops making sense on `line`."""
+def _broken(path: str, line: int, what: str, mark: str = "") -> RowError:
+    """Return the error for JSON that stops making sense on `line`, in the row of that `mark`."""
     remedy = "write one array of objects, or one whole object per line"
-    return RowError(f"{path}:{line}", f"broken JSON ({what})", remedy)
+    return RowError(f"{path}:{line}{mark}", f"broken JSON ({what})", remedy)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
@@ -185,14 +189,5 @@ def _csv_rows(path: str, text: str, delimiter: str) -> Iterator[tuple[str, dict 
         if len(row) == len(header):
             yield origin, dict(zip(header, row, strict=True))
         elif row:
-            problem = f"a CSV row of {len(row)} cells under a header of {len(header)}"
+            problem = f"a CSV row of {counted(len(row), 'cell')} under a header of {len(header)}"
             yield origin, RowError(origin, problem, "quote fields that hold commas or line ends")
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the hexadecimal sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

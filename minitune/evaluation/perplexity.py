@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minitune.errors import ConfigError, DataError
+from minitune.errors import ConfigError, DataError, counted
 from minitune.model.transformer import Transformer
 from minitune.ops.cross_entropy import linear_cross_entropy
 from minitune.text.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def score_ids(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
     if len(ids) < 2:
-        raise DataError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
+        raise DataError(f"the text has {counted(len(ids), 'token')}; perplexity needs at least 2")
     total, count = 0.0, 0
     was_training = model.training
     model.eval()

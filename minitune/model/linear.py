@@ -7,6 +7,7 @@ from torch import nn
 
 from minitune.model.config import LoRAConfig
 from minitune.ops.linear import Adapter, Remade, projections
+from minitune.ops.nf4 import QuantizedTensor
 
 
 class LoRA(nn.Module):
@@ -42,8 +43,38 @@ class LoRA(nn.Module):
         return super()._apply(moved, recurse)
 
 
+class QuantizedWeight(nn.Module):
+    """A frozen weight in 4 or 8 bits in the place of a parameter; it is decoded to its input's dtype when used.
+
+    It moves with the model; casting the model leaves it as it is, scales included.
+    """
+
+    def __init__(self, tensor: QuantizedTensor):
+        """Hold what `ops.nf4.quantize` made."""
+        super().__init__()
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight, (out, in)."""
+        return self.tensor.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.tensor.packed.device
+
+    def _apply(self, fn, recurse=True):
+        device = fn(torch.empty(0, device=self.device)).device
+        self.tensor = self.tensor.apply(lambda part: part.to(device))
+        return self
+
+
 class Linear(nn.Module):
-    """y = x W^T + b, W (out, in), plus the update in slot `lora` where there is one."""
+    """y = x W^T + b, W (out, in), plus the update in slot `lora` where there is one.
+
+    `weight` is a parameter, or a `QuantizedWeight` without gradient.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         """Wrap an existing weight (out, in), which may be a view of a larger tensor."""
@@ -51,6 +82,16 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.lora: LoRA | None = None
+
+    def replace_weight(self, weight: torch.Tensor | QuantizedTensor) -> None:
+        """Put another weight (out, in) in W's place: quantised, or as a parameter."""
+        del self.weight
+        self.weight = QuantizedWeight(weight) if isinstance(weight, QuantizedTensor) else nn.Parameter(weight)
+
+    @property
+    def stored_weight(self) -> torch.Tensor | QuantizedTensor:
+        """W as it is kept."""
+        return self.weight.tensor if isinstance(self.weight, QuantizedWeight) else self.weight
 
     def forward(self, x: torch.Tensor | Remade) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
@@ -73,4 +114,6 @@ def project(x: torch.Tensor | Remade, layers: tuple[Linear, ...]) -> tuple[torch
         adapters.append(Adapter(lora.A, lora.B, lora.scaling) if active else None)
         if active and lora.training:
             dropout = lora.dropout
-    return projections(x, [layer.weight for layer in layers], [layer.bias for layer in layers], adapters, dropout)
+    return projections(
+        x, [layer.stored_weight for layer in layers], [layer.bias for layer in layers], adapters, dropout
+    )

@@ -14,6 +14,7 @@ from torch import nn
 from minitune.errors import ConfigError, nearest
 from minitune.model.config import LoRAConfig
 from minitune.model.linear import Linear, LoRA
+from minitune.ops.nf4 import QuantizedTensor
 
 
 def linear_modules(module: nn.Module, prefix: str = "") -> dict[str, Linear]:
@@ -26,6 +27,12 @@ def linear_modules(module: nn.Module, prefix: str = "") -> dict[str, Linear]:
         else:
             found |= linear_modules(child, f"{path}.")
     return found
+
+
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
+    """Return the weights that are quantised, by the path of their layer."""
+    stored = {path: layer.stored_weight for path, layer in linear_modules(model).items()}
+    return {path: weight for path, weight in stored.items() if isinstance(weight, QuantizedTensor)}
 
 
 def _targets(model: nn.Module, wanted: tuple[str, ...] | str) -> dict[str, Linear]:

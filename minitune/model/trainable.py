@@ -26,7 +26,7 @@ def train_last_layers(model: nn.Module, count: int) -> dict[str, nn.Parameter]:
     """
     layers = model.model.layers
     if not 1 <= count <= len(layers):
-        raise ConfigError(f"last_layers is {count}; the model has {len(layers)} layers, so 1 to {len(layers)}")
+        raise ConfigError(f"last_layers is {count}; it must be 1 to {len(layers)}, the layers of the model")
     model.requires_grad_(False)
     for module in (*layers[len(layers) - count :], model.model.norm):
         module.requires_grad_(True)

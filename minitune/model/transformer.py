@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from minitune.errors import DataError
 from minitune.model.cache import KVCache
 from minitune.model.config import ModelConfig
-from minitune.model.linear import Linear, linear_group, project
+from minitune.model.linear import Linear, QuantizedWeight, linear_group, project
 from minitune.ops.attention import Visibility, attention, visibility
 from minitune.ops.linear import Remade, stacked
 from minitune.ops.norm import rms_norm
@@ -210,7 +210,9 @@ def _positions_and_visibility(ids, positions, offset: int) -> tuple[torch.Tensor
 
 
 def _restack(*layers: Linear) -> None:
-    """Make the layers' weights views of one tensor, unless they are already."""
+    """Make the layers' weights views of one tensor, unless they are already, or are quantised."""
+    if any(isinstance(layer.weight, QuantizedWeight) for layer in layers):
+        return
     weights = [layer.weight.data for layer in layers]
     if stacked(weights) is None:
         joined = torch.cat(weights)

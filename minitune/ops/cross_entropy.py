@@ -1,4 +1,7 @@
-"""Cross-entropy of a linear head without the logits:  l_i = log sum_v exp(h_i . w_v) - h_i . w_{t_i}.
+"""Cross-entropy of a linear head without the logits:  l_i = log sum_v exp(z_iv) - z_it,  z = h W^T.
+
+With Gemma 2's soft-cap c, z = c tanh(h W^T / c), and the gradient of h W^T is that of z times 1 - (z / c)^2.
+A row of target -100 has loss 0 and no gradient.
 
 The (N, V) logits are the largest tensor of a training step and are never needed whole. They are made for
 a chunk of rows at a time, and in the same pass turned into their gradient softmax(z) - onehot(t), which
@@ -11,10 +14,12 @@ Recomputing every chunk in the backward pass (as checkpointing does) was rejecte
 import torch
 import torch.nn.functional as F
 
+from minitune.ops.backend import kernel
 from minitune.ops.precision import wide_dtype, widen
 
 CHUNK = 128  # rows; 128 x 49,152 fp32 logits are 25 MB
 SPAN = 1 << 11  # bytes of a gradient's column that the head's gradient is summed over at once: 1,024 rows in 16 bits
+IGNORED = -100  # the target of a row without loss
 GRAIN = 32  # rows; the CPU's matmul library keeps a plan for every shape, so there are to be few shapes
 
 
@@ -46,17 +51,25 @@ class _Room:
         return narrow if self.wide is None else self.wide[:count], narrow
 
 
-def _chunk_gradient(hidden, weight, targets, wide, narrow):
+def _chunk_gradient(hidden, weight, targets, wide, narrow, softcap):
     """Return the losses (n,) of one chunk and d(their sum)/d(logits) (n, V), the latter in `narrow`."""
     torch.mm(hidden, weight.T, out=narrow)
     if narrow.dtype != wide.dtype:
         wide.copy_(narrow)
-    row = torch.arange(len(targets), device=targets.device)
+    if softcap is not None:
+        bent = wide.div_(softcap).tanh_().square()  # one more (n, V): d(capped)/d(logit) is 1 - this
+        wide.mul_(softcap)
+    row, ignored = torch.arange(len(targets), device=targets.device), targets == IGNORED
+    targets = targets.masked_fill(ignored, 0)
     picked, top = wide[row, targets], wide.amax(-1, keepdim=True)
     total = wide.sub_(top).exp_().sum(-1, keepdim=True)
-    losses = (total.log() + top).squeeze(1) - picked
+    losses = ((total.log() + top).squeeze(1) - picked).masked_fill_(ignored, 0)
     wide.div_(total)
     wide[row, targets] -= 1
+    if softcap is not None:
+        wide.addcmul_(wide, bent, value=-1)
+    if ignored.any():
+        wide[ignored] = 0
     return losses, wide if narrow.dtype == wide.dtype else narrow.copy_(wide)
 
 
@@ -69,7 +82,7 @@ def _add_span(total, gradient, hidden):
     return total.to(wide_dtype(hidden.dtype)).add_(gradient.T @ hidden)
 
 
-def _spans(hidden, weight, targets, *, train_head: bool, losses=None, dhidden=None, scale=None):
+def _spans(hidden, weight, targets, softcap, *, train_head: bool, losses=None, dhidden=None, scale=None):
     """Go through all chunks; fill losses (N,) and dhidden (N, D) where given; return dW (V, D) if the head trains.
 
     dW sums over rows of scale_i (softmax - onehot)_i h_i^T, with 1 for no scale.
@@ -80,7 +93,7 @@ def _spans(hidden, weight, targets, *, train_head: bool, losses=None, dhidden=No
         for first in range(start, end, CHUNK):
             part = slice(first, min(first + CHUNK, end))
             place = room.chunk(first, part.stop - first)
-            loss, gradient = _chunk_gradient(hidden[part], weight, targets[part], *place)
+            loss, gradient = _chunk_gradient(hidden[part], weight, targets[part], *place, softcap)
             if losses is not None:
                 losses[part] = loss
             if dhidden is not None:
@@ -94,12 +107,12 @@ def _spans(hidden, weight, targets, *, train_head: bool, losses=None, dhidden=No
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        ctx.count, train_head = len(targets), ctx.needs_input_grad[1]
+    def forward(ctx, hidden, weight, targets, softcap):
+        ctx.count, ctx.softcap, train_head = len(targets), softcap, ctx.needs_input_grad[1]
         hidden, targets = _fill(hidden, targets)
         losses = torch.empty(len(targets), dtype=wide_dtype(hidden.dtype), device=hidden.device)
         dhidden = torch.empty_like(hidden)
-        dweight = _spans(hidden, weight, targets, train_head=train_head, losses=losses, dhidden=dhidden)
+        dweight = _spans(hidden, weight, targets, softcap, train_head=train_head, losses=losses, dhidden=dhidden)
         ctx.save_for_backward(dhidden, dweight, *((hidden, weight, targets) if train_head else ()))
         return losses[: ctx.count]
 
@@ -108,25 +121,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden, dweight, *again = ctx.saved_tensors
         if dweight is not None:
             if not (dlosses == dlosses[0]).all():
-                dweight = _spans(*again, train_head=True, scale=F.pad(dlosses, (0, len(dhidden) - ctx.count)))
+                scale = F.pad(dlosses, (0, len(dhidden) - ctx.count))
+                dweight = _spans(*again, ctx.softcap, train_head=True, scale=scale)
             elif dlosses[0] != 1:  # 1 is a plain sum, the loop's case: no copy then
                 dweight = dweight * dlosses[0].to(dweight.dtype)
-        return dhidden[: ctx.count] * dlosses[:, None].to(dhidden.dtype), dweight, None
+        return dhidden[: ctx.count] * dlosses[:, None].to(dhidden.dtype), dweight, None, None
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, softcap: float | None = None
+) -> torch.Tensor:
     """Return the loss of each row in nats, (N,) fp32.
 
     Args:
         hidden: (N, D), the final hidden states at target positions only.
         weight: (V, D), the head.
-        targets: (N,) int64 in [0, V).
+        targets: (N,) int64 in [0, V), or -100 for a row whose loss is 0.
+        softcap: c where the logits are capped to c tanh(logits / c).
     """
+    if hidden.is_cuda and (fused := kernel("cross_entropy.linear_cross_entropy", hidden, weight)):
+        return fused(hidden, weight, targets, softcap=softcap)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, softcap)
     losses = torch.empty(len(targets), dtype=wide_dtype(hidden.dtype), device=hidden.device)
     for start in range(0, len(targets), CHUNK):
         part = slice(start, start + CHUNK)
         logits = widen(hidden[part] @ weight.T)
-        losses[part] = torch.logsumexp(logits, -1) - logits.gather(1, targets[part, None]).squeeze(1)
+        logits = logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+        losses[part] = F.cross_entropy(logits, targets[part], reduction="none", ignore_index=IGNORED)
     return losses

@@ -76,7 +76,8 @@ def _pairs(kind: str, device: torch.device) -> torch.Tensor:
 @functools.lru_cache(maxsize=8)
 def _room(device: torch.device, size: int, thread: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return room for the indices and pairs of `size` bytes, one for each thread, so that none writes to another's."""
-    return tuple(torch.empty(size, dtype=dtype, device=device) for dtype in (torch.int32, torch.int64))
+    with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside
+        return tuple(torch.empty(size, dtype=dtype, device=device) for dtype in (torch.int32, torch.int64))
 
 
 @dataclass(frozen=True)

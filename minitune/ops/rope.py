@@ -8,6 +8,7 @@ pass with -sin, and nothing but the tables is kept.
 
 import torch
 
+from minitune.ops.backend import kernel
 from minitune.ops.precision import widen
 
 
@@ -44,4 +45,6 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
     The result's memory is laid out heads first, as attention reads it.
     """
+    if x.is_cuda and (turn := kernel("rope.apply_rope", x, cos, sin)):
+        return turn(x, cos, sin)
     return _Rope.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _turn(x, cos, sin, 1)

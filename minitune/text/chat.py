@@ -19,7 +19,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from minitune.errors import ConfigError, DataError, nearest
+from minitune.errors import ConfigError, DataError, nearest, type_name
 from minitune.text.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -66,7 +66,7 @@ def render_chat(
         targets += [segment.target] * len(run)
         place = "control" if segment.control else "inside"
     if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
-        raise DataError("the chat template writes the BOS token twice; remove one from it")
+        raise DataError(f"{tokenizer.chat_template.name} writes the BOS token twice; remove one from it")
     complete = tokenizer.with_bos(ids)
     return Rendered(complete, [False] * (len(complete) - len(ids)) + targets)
 
@@ -76,7 +76,7 @@ def render_segments(
 ) -> list[Segment]:
     """Return the rendered conversation cut at control tokens and at the answers' ends; see `render_chat`."""
     if tokenizer.chat_template is None:
-        raise DataError("this model's tokenizer has no chat template; train it on prompt/completion or text rows")
+        raise DataError(f"{tokenizer.origin} has no chat template; train it on prompt/completion or text rows")
     if train_on not in ("all", "last"):
         raise ConfigError(f"train_on is {train_on!r}; known: 'all', 'last'")
     _check(messages)
@@ -115,7 +115,7 @@ def _check(messages: list[dict]) -> None:
         if role not in ROLES:
             raise DataError(f"message {i}: role {role!r}; known: {', '.join(ROLES)}{nearest(str(role), ROLES)}")
         if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
-            raise DataError(f"message {i}: 'content' is {type(message.get('content')).__name__}, not text")
+            raise DataError(f"message {i}: 'content' is {type_name(message.get('content'))}, not text")
 
 
 def _mark(tokenizer: Tokenizer, messages: list[dict]) -> tuple[str, list[dict]]:
@@ -153,22 +153,23 @@ def _answer(tokenizer: Tokenizer, full: str, before: object, after: object, earl
 
     `earliest` is where the answer before it ended.
     """
+    name = tokenizer.chat_template.name
     for rendering in (before, after):
         if isinstance(rendering, Exception):
             raise DataError(str(rendering))
     if not after.startswith(before):
         raise DataError(
-            "the chat template begins this answer otherwise than the prompt it gives the model to answer (prefix"
+            f"{name} begins this answer otherwise than the prompt it gives the model to answer (prefix"
             " property), so what is trained would never be seen; use another template"
         )
     parts = tokenizer.split_control(after[len(before) :])
     last = max((n for n, (_, id) in enumerate(parts) if id is not None), default=-1)
     if last < 0 or "".join(text for text, _ in parts[last + 1 :]).strip():
-        raise DataError("the chat template writes no end-of-turn token after the answer; the model would never stop")
+        raise DataError(f"{name} writes no end-of-turn token after the answer; the model would never stop")
     end = len(before) + sum(len(text) for text, _ in parts[: last + 1])
     if full[:end] != after[:end] or len(before) < earliest:
         raise DataError(
-            "the chat template writes this answer differently once later turns follow (prefix property);"
+            f"{name} writes this answer differently once later turns follow (prefix property);"
             " train on the last answer only: train_on='last'"
         )
     return len(before), end

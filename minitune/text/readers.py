@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from minitune.errors import CheckpointError, nearest
+from minitune.errors import CheckpointError, nearest, type_name
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 SAMPLE = "The ①②, ﬁne  Ａ\u3000ｶﾞ caf\u00e9 cafe\u0301\t\n\nx=1;  don't 世界 🎉 "
@@ -66,7 +66,7 @@ def _read_json(file: Path) -> dict:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds a {type(content).__name__}, not an object; fetch it again")
+        raise CheckpointError(f"{file}: holds {type_name(content)}, not an object; fetch it again")
     return content
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 
-from minitune.errors import CheckpointError, DataError, MinituneError
+from minitune.errors import CheckpointError, DataError, MinituneError, type_name
 
 SECONDS = 1.0  # for one conversation, and 1% more for each of its renderings
 MEMORY = 1 << 29  # bytes of address space, where the system can cap it
@@ -31,9 +31,15 @@ CHARACTERS = 1_000_000  # that a template may write beyond four times its input
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A model's own chat template; `source` is Jinja2."""
+    """A model's own chat template; `source` is Jinja2, `origin` the folder or file that it was read from."""
 
     source: str
+    origin: str = ""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"the chat template of {self.origin}" if self.origin else "the chat template"
 
     def render(
         self, messages: Sequence[dict], cuts: Sequence[tuple[int, bool]], variables: dict[str, str]
@@ -49,13 +55,9 @@ class ChatTemplate:
             line = json.dumps(request)
         except (TypeError, ValueError) as error:
             raise DataError(f"a conversation must be plain JSON values ({error})") from error
-        return [_unpack(*answer) for answer in _worker.ask(line)]
-
-
-def _unpack(kind: str, text: str) -> str | MinituneError:
-    if kind == "text":
-        return text
-    return (DataError if kind == "refused" else CheckpointError)(text)
+        kinds = {"text": str, "refused": DataError, "broken": CheckpointError}
+        answers = _worker.ask(line, self.name)
+        return [kinds[kind](text if kind == "text" else f"{self.name} {text}") for kind, text in answers]
 
 
 class _Worker:
@@ -66,7 +68,7 @@ class _Worker:
         self._process: subprocess.Popen | None = None
         self._owner = 0
 
-    def ask(self, line: str) -> list[tuple[str, str]]:
+    def ask(self, line: str, name: str) -> list[tuple[str, str]]:
         with self._lock:
             process = self._started()
             try:
@@ -78,8 +80,8 @@ class _Worker:
             if answer:
                 return json.loads(answer)
             if process.wait() == 1:  # the watchdog's exit code
-                raise CheckpointError(f"the chat template ran for more than {SECONDS:g} s and was stopped")
-            raise CheckpointError(f"the process that renders chat templates ended with code {process.returncode}")
+                raise CheckpointError(f"{name} ran for more than {SECONDS:g} s and was stopped")
+            raise CheckpointError(f"the process that renders {name} ended with code {process.returncode}")
 
     def _started(self) -> subprocess.Popen:
         if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
@@ -128,7 +130,7 @@ def _compile(source: str):
         """Jinja2's sandbox reads a forbidden attribute as undefined, which prints as nothing; this one says so."""
 
         def unsafe_undefined(self, obj, attribute):
-            raise SecurityError(f"attribute '{attribute}' of a {type(obj).__name__}")
+            raise SecurityError(f"attribute '{attribute}' of {type_name(obj)}")
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
@@ -138,7 +140,7 @@ def _compile(source: str):
 
 
 def _render(source: str, limit: int, variables: dict) -> tuple[str, str]:
-    """Return ("text", rendering), ("refused", why) or ("broken", why)."""
+    """Return ("text", rendering), ("refused", why) or ("broken", why); the reasons go on after the template's name."""
     from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
     try:
@@ -146,19 +148,19 @@ def _render(source: str, limit: int, variables: dict) -> tuple[str, str]:
         for part in _compile(source).generate(**variables):
             written += len(part)
             if written > limit:
-                return "broken", f"the chat template wrote more than {limit} characters and was stopped"
+                return "broken", f"wrote more than {limit} characters and was stopped"
             parts.append(part)
         return "text", "".join(parts)
     except DataError as error:
-        return "refused", f"the chat template refuses the conversation: {error}"
+        return "refused", f"refuses the conversation: {error}"
     except SecurityError as error:
-        return "broken", f"the chat template was blocked, it reaches for Python's internals: {error}"
+        return "broken", f"was blocked, it reaches for Python's internals: {error}"
     except TemplateSyntaxError as error:
-        return "broken", f"the chat template is not valid Jinja2: line {error.lineno}: {error}"
+        return "broken", f"is not valid Jinja2: line {error.lineno}: {error}"
     except (MemoryError, RecursionError) as error:
-        return "broken", f"the chat template was stopped: {type(error).__name__}"
+        return "broken", f"was stopped: {type(error).__name__}"
     except Exception as error:  # whatever a stranger's program raises is its answer, not a defect of ours
-        return "refused", f"the chat template fails on the conversation: {type(error).__name__}: {error}"
+        return "refused", f"fails on the conversation: {type(error).__name__}: {error}"
 
 
 def _serve() -> None:

@@ -53,7 +53,7 @@ class Tokenizer:
     Public values: `vocab_size` (highest id + 1), `bos_id` or None, `eos_id`, `pad_id` (may equal `eos_id`; padding
     is masked by position), `end_ids` (every id that ends a turn), `add_bos`, `chat_template` or None, `control_ids`
     (literal -> id of every control token), `special` (transformers' names -> literals), `settings` (the content of
-    tokenizer_config.json).
+    tokenizer_config.json), `origin` (the folder or file it was read from).
     """
 
     def __init__(self, encoder: Encoder, settings: dict, end_ids: Iterable[int] = ()):
@@ -62,19 +62,30 @@ class Tokenizer:
         Raises CheckpointError where no end-of-text token is known.
         """
         self._encoder = encoder
+        self.origin = encoder.origin
         self.settings = settings
         self.vocab_size = encoder.vocab_size
         self.special = {name: _content(settings[name]) for name in NAMED if settings.get(name)}
         ids = {name: encoder.find(token) for name, token in self.special.items()}
         self._named_ends = [id for id in (ids.get("eos_token"), *end_ids) if id is not None]
         if not self._named_ends:
-            raise CheckpointError("the tokenizer names no eos_token; add it to tokenizer_config.json")
+            raise CheckpointError(f"{self.origin}: the tokenizer names no eos_token; add it to tokenizer_config.json")
         self.add_bos: bool = encoder.bos_id is not None
         self.bos_id: int | None = encoder.bos_id if self.add_bos else ids.get("bos_token")
         self.eos_id: int = self._named_ends[0]
         pad_id = ids.get("pad_token")
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
-        self.chat_template = ChatTemplate(settings["chat_template"]) if settings.get("chat_template") else None
+        source = settings.get("chat_template")
+        self.chat_template = ChatTemplate(source, self.origin) if source else None
+
+    def check_fits(self, embeddings: int) -> None:
+        """Raise CheckpointError where an id has no row in a model's embedding of so many; spare rows are usual."""
+        if self.vocab_size > embeddings:
+            last = self.decode([self.vocab_size - 1], skip_special=False)
+            raise CheckpointError(
+                f"{self.origin}: the tokenizer's ids go up to {self.vocab_size - 1} ({last!r}), but the model's "
+                f"embedding has {embeddings} rows; use the tokenizer that the model was trained with"
+            )
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:

@@ -1,1 +1,1 @@
-"""Run configuration, the only loop, optimisers, state, reports."""
+"""Run configuration, the only loop, optimisers, state."""

@@ -13,11 +13,15 @@ from typing import Any, Literal
 
 from minitune.data.corpus import Source
 from minitune.data.examples import TrainOn, Truncate
-from minitune.errors import ConfigError
-from minitune.model.config import LoRAConfig
+from minitune.errors import ConfigError, check_seed
+from minitune.model.config import LoRAConfig, QuantizationConfig
 
-METHOD_OPTIONS = ("lora", "last_layers", "pattern")  # each belongs to the method of that name
-LEARNING_RATES = {"lora": 5e-4, "full": 3e-5, "last_layers": 1e-4, "pattern": 1e-4}
+ADAPTER_METHODS = ("lora", "qlora")
+METHOD_OPTIONS = {  # each belongs to these methods
+    "lora": ADAPTER_METHODS, "quantization": ("qlora",), "last_layers": ("last_layers",), "pattern": ("pattern",),
+}  # fmt: skip
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+LEARNING_RATES = {"lora": 5e-4, "qlora": 5e-4, "full": 3e-5, "last_layers": 1e-4, "pattern": 1e-4}
 
 
 def _require(good: bool, name: str, value: Any, wanted: str) -> None:
@@ -38,7 +42,7 @@ Sources = tuple[Source | str, ...] | Source | str | None
 
 @dataclass(frozen=True)
 class LoRAOptions:
-    """Low-rank adapters; all None unless `method` is lora."""
+    """Low-rank adapters; all None unless `method` is lora or qlora."""
 
     rank: int | None = None
     """Width of the adapters; 8 to 64 is usual (default 16)."""
@@ -71,15 +75,45 @@ class LoRAOptions:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) and gradient clipping."""
+class QuantizationOptions:
+    """How method qlora keeps the base's linear layers; all None for other methods."""
 
+    kind: Literal["nf4", "fp4", "int8"] | None = None
+    """nf4 (default), fp4, or int8 with one scale a row."""
+    block_size: int | None = None
+    """Elements that share a scale, a power of two from 32 to 4096 (default 64); not for int8."""
+    double_quant: bool | None = None
+    """Keep the scales in 8 bits too (default true): 4.127 bits a weight instead of 4.5; not for int8."""
+
+    def resolved(self) -> "QuantizationOptions":
+        """Return a copy with the defaults filled in."""
+        defaults = dataclasses.asdict(QuantizationConfig())
+        return QuantizationOptions(**_filled(self, {"kind": "nf4"} if self.kind == "int8" else defaults))
+
+    def config(self) -> QuantizationConfig:
+        """Return what the loader needs to know, checked."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return QuantizationConfig(**given)
+
+    def __post_init__(self):
+        """Refuse options that int8 ignores; the rest is checked by what it becomes."""
+        for name in ("block_size", "double_quant"):
+            good = self.kind != "int8" or getattr(self, name) is None
+            _require(good, f"quantization.{name}", getattr(self, name), "left out: int8 has one fp32 scale a row")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and gradient clipping."""
+
+    kind: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), the same with moments in 8 bits (Dettmers et al. 2022), or plain SGD."""
     learning_rate: float | None = None
-    """Peak rate (default: 5e-4 for lora, 3e-5 for full, 1e-4 for last_layers and pattern)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Peak rate (default: 5e-4 for lora and qlora, 3e-5 for full, 1e-4 for last_layers and pattern)."""
+    betas: tuple[float, float] | None = None
+    """Decay of the running means of the gradient and of its square (default 0.9, 0.999); not for sgd."""
+    eps: float | None = None
+    """Added to the root of the second moment (default 1e-8); not for sgd."""
     weight_decay: float = 0.0
     """Decoupled decay of matrices; norms and biases are never decayed."""
     max_grad_norm: float | None = 1.0
@@ -88,7 +122,11 @@ class OptimizerConfig:
     def __post_init__(self):
         """Refuse values without meaning."""
         _positive("optimizer.", self, "learning_rate", "eps", "max_grad_norm")
-        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        for name in ("betas", "eps"):
+            good = self.kind != "sgd" or getattr(self, name) is None
+            _require(good, f"optimizer.{name}", getattr(self, name), "left out: sgd has no moments")
+        good = self.betas is None or all(0 <= b < 1 for b in self.betas)
+        _require(good, "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _require(0 <= self.weight_decay < 1, "optimizer.weight_decay", self.weight_decay, "in [0, 1)")
 
 
@@ -160,7 +198,7 @@ class TrainConfig:
     model: str = "smollm2-135m-instruct"
     """Base model: a fetched model's name, a Hugging Face folder or a GGUF file."""
     adapter: str | None = None
-    """Start from this PEFT adapter folder instead of a fresh one (method lora)."""
+    """Start from this PEFT adapter folder instead of a fresh one (methods lora and qlora)."""
     output: str = "runs/train"
     """The run folder."""
     validation: Sources = None
@@ -175,10 +213,12 @@ class TrainConfig:
     """Several rows side by side in one of max_length, each seeing itself only; false pads instead."""
     train_on: TrainOn = "all"
     """Learn every assistant turn of a conversation, or its last one."""
-    method: Literal["lora", "full", "last_layers", "pattern"] = "lora"
-    """What is trained."""
+    method: Literal["lora", "qlora", "full", "last_layers", "pattern"] = "lora"
+    """What is trained; qlora is lora over a base in 4 bits."""
     lora: LoRAOptions = field(default_factory=LoRAOptions)
-    """Options of method lora."""
+    """Options of methods lora and qlora."""
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
+    """Options of method qlora."""
     last_layers: int | None = None
     """Method last_layers: how many (default 2)."""
     pattern: str | None = None
@@ -205,6 +245,8 @@ class TrainConfig:
     """cpu, cuda, or auto."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    fused_backward: bool = False
+    """Update each parameter in the backward pass and drop its gradient at once: saves the gradients' memory."""
     seed: int = 0
     """Of the adapter's draw, the order of rows and dropout."""
     threads: int | None = None
@@ -217,16 +259,19 @@ class TrainConfig:
     def __post_init__(self):
         """Refuse values without meaning and options that the method ignores."""
         _positive("", self, "max_length", "batch_size", "accumulation_steps", "epochs", "max_steps", "threads")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2 to the 63rd")
+        check_seed(self.seed)
         for source in sources(self.data):
             _positive(f"data {source.path}: ", source, "weight")
         for source in sources(self.validation):
             good = source.weight is None
             _require(good, f"validation {source.path}: weight", source.weight, "left out: every row counts once")
-        for name in METHOD_OPTIONS:
-            if self.method != name and getattr(self, name) not in (None, LoRAOptions()):
-                raise ConfigError(f"{name} is set but method is {self.method}, which ignores it; use --method {name}")
-        if self.adapter is not None and self.method != "lora":
+        for name, methods in METHOD_OPTIONS.items():
+            if self.method not in methods and getattr(self, name) not in (None, LoRAOptions(), QuantizationOptions()):
+                instead = " or ".join(methods)
+                raise ConfigError(
+                    f"{name} is set but method is {self.method}, which ignores it; use --method {instead}"
+                )
+        if self.adapter is not None and self.method not in ADAPTER_METHODS:
             raise ConfigError(f"adapter is set but method is {self.method}; export a merged model and train that")
         own = dataclasses.replace(self.lora, plus_ratio=None)
         if self.adapter is not None and own != LoRAOptions():
@@ -244,29 +289,40 @@ class TrainConfig:
         if self.validation_fraction is not None:
             good = 0 <= self.validation_fraction < 1
             _require(good, "validation_fraction", self.validation_fraction, "in [0, 1)")
+        if self.fused_backward:
+            _require(self.accumulation_steps == 1, "accumulation_steps", self.accumulation_steps,
+                     "1 with fused_backward, which keeps no gradients to add to")  # fmt: skip
+            _require(self.optimizer.max_grad_norm is None, "optimizer.max_grad_norm", self.optimizer.max_grad_norm,
+                     "null with fused_backward, which updates before the whole norm is known")  # fmt: skip
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite contradict each other; leave out one of them")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device is '{self.device}'; it must be auto, cpu, cuda or cuda:N")
-        if self.method == "lora":
+        if self.method in ADAPTER_METHODS:
             self.lora.adapter()
+        if self.method == "qlora":
+            self.quantization.config()
 
     def resolved(self) -> "TrainConfig":
         """Return a copy with the method's and the schedule's defaults filled in; raises without data."""
         if not sources(self.data):
             raise ConfigError("data is missing; name a file, as in --data rows.jsonl")
         changes: dict[str, Any] = {"data": sources(self.data), "validation": sources(self.validation) or None}
-        changes["optimizer"] = dataclasses.replace(
-            self.optimizer, learning_rate=self.optimizer.learning_rate or LEARNING_RATES[self.method]
-        )
+        rate, adam = self.optimizer.learning_rate, {} if self.optimizer.kind == "sgd" else ADAM
+        if rate is None and self.optimizer.kind == "sgd":
+            raise ConfigError("optimizer.learning_rate is missing; sgd needs one of its own, often 0.01 to 1")
+        defaults = {**adam, "learning_rate": LEARNING_RATES[self.method]}
+        changes["optimizer"] = OptimizerConfig(**_filled(self.optimizer, defaults))
         kind, defaults = self.schedule.kind, {}
         if kind != "constant":
             defaults["final_ratio"] = 0.0
         if kind == "wsd":
             defaults["decay"] = min(0.2, 1 - self.schedule.warmup)
         changes["schedule"] = ScheduleConfig(**_filled(self.schedule, defaults))
-        if self.method == "lora" and self.adapter is None:
+        if self.method in ADAPTER_METHODS and self.adapter is None:
             changes["lora"] = self.lora.resolved()
+        if self.method == "qlora":
+            changes["quantization"] = self.quantization.resolved()
         if self.method == "last_layers" and self.last_layers is None:
             changes["last_layers"] = 2
         if self.epochs is None and self.max_steps is None:

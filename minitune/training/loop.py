@@ -25,14 +25,14 @@ from torch import nn
 from minitune.data.batching import Batch
 from minitune.errors import TrainingError
 from minitune.model.transformer import Transformer
-from minitune.training import watch
+from minitune.reporting import watch
+from minitune.reporting.journal import Journal, peak_memory_mb
 from minitune.training.config import TrainConfig
 from minitune.training.evaluate import validation_loss
-from minitune.training.journal import Journal, peak_memory_mb
 from minitune.training.objectives import Objective, to_device
 from minitune.training.optimizer import Optimizer
 from minitune.training.schedule import rate_factor
-from minitune.training.state import Progress, save_best, save_checkpoint
+from minitune.training.state import Progress, checkpoints, save_best, save_checkpoint
 
 
 @dataclass
@@ -143,6 +143,8 @@ def _accumulate(job: Job, batch: Batch) -> None:
     if not math.isfinite(value):
         where = watch.bad_weight(job.model) or watch.bad_activation(job.model, batch) or "the loss alone"
         raise _not_finite(job, f"the loss is {value}", where)
+    if job.config.fused_backward:
+        job.optimizer.begin(weight, _rate(job))
     loss_sum.backward()
     progress.window_loss += value
     progress.window_weight += weight
@@ -155,13 +157,13 @@ def _accumulate(job: Job, batch: Batch) -> None:
 
 def _update(job: Job) -> dict[str, float]:
     """Close the window: one optimiser step with the gradient per target token; returns its metrics."""
-    progress, config = job.progress, job.config
+    progress = job.progress
     weight = progress.window_weight
     norm = job.optimizer.average(weight)
     if not math.isfinite(norm):
         where = watch.bad_gradient(job.parameters) or "the gradients' norm alone"
         raise _not_finite(job, f"the gradient norm is {norm}", where)
-    rate = config.optimizer.learning_rate * rate_factor(progress.step, job.total_steps, config.schedule)
+    rate = _rate(job)
     job.optimizer.clip(norm)
     job.optimizer.step(rate)
     metrics = {name: total / weight for name, total in progress.window_metrics.items()}
@@ -172,6 +174,12 @@ def _update(job: Job) -> dict[str, float]:
     progress.since_weight += weight
     progress.micro, progress.window_loss, progress.window_weight, progress.window_metrics = 0, 0.0, 0, {}
     return metrics
+
+
+def _rate(job: Job) -> float:
+    """Return the learning rate of this step."""
+    factor = rate_factor(job.progress.step, job.total_steps, job.config.schedule)
+    return job.config.optimizer.learning_rate * factor
 
 
 def _record(job: Job, metrics: dict[str, float]) -> None:
@@ -252,6 +260,7 @@ def _not_finite(job: Job, what: str, where: str) -> TrainingError:
 
 
 def _kept(job: Job) -> str:
-    """Name the last checkpoint, which is untouched."""
-    folders = sorted(folder.name for folder in job.checkpoints.glob("step-*") if not folder.suffix)
-    return f"; the last good checkpoint is {job.checkpoints / folders[-1]}" if folders else ""
+    """Say what is left of the run, the last checkpoint is untouched, and how to begin again in its folder."""
+    folders = checkpoints(job.checkpoints)
+    left = f"the last good checkpoint is {folders[-1]}" if folders else "no checkpoint was written yet"
+    return f"; {left}; to begin again in {job.checkpoints.parent}, add --overwrite"

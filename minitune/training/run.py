@@ -12,43 +12,36 @@ What can fail does so before anything is written or deleted: data first, then th
 """
 
 import dataclasses
-import json
-import platform
-import shutil
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from minitune import __version__
 from minitune.checkpoint.adapter import load_adapter, save_adapter
-from minitune.checkpoint.files import atomic_file, sole_writer
 from minitune.checkpoint.huggingface import save_model
 from minitune.checkpoint.load import load_model, load_tokenizer
 from minitune.data.corpus import Corpus, Encoding, Stream, load_corpus
 from minitune.device import choose_device, choose_dtype
-from minitune.errors import ConfigError
-from minitune.model.lora import add_lora
+from minitune.errors import ConfigError, counted
+from minitune.files import sole_writer
+from minitune.model.lora import add_lora, quantized_weights
 from minitune.model.trainable import train_all, train_last_layers, train_matching, trainable_parameters
 from minitune.model.transformer import Transformer
+from minitune.reporting import watch
+from minitune.reporting.folder import check_folder, environment, write_run_files
+from minitune.reporting.journal import Journal, peak_memory_mb
+from minitune.reporting.report import write_report
 from minitune.training import state
-from minitune.training.config import TrainConfig
+from minitune.training.config import ADAPTER_METHODS, TrainConfig
 from minitune.training.evaluate import answer_samples, sample_prompts
-from minitune.training.journal import Journal, peak_memory_mb
 from minitune.training.loop import Job, StopSignal, fit
 from minitune.training.objectives import supervised
 from minitune.training.optimizer import Optimizer
-from minitune.training.report import write_report
 
-CONTENTS = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "tensorboard", "checkpoints",
-            "adapter", "model", "report.md", "loss.png")  # fmt: skip
 FEW_STEPS = 10  # a rate that warms up and decays within fewer has hardly moved anything
-PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "jinja2", "gguf")
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,8 @@ class TrainResult:
     base_loss: float | None
     best_loss: float | None
     best_step: int | None
+    parted_step: int | None = None
+    """Where training and validation loss parted (see `watch.overfitting`)."""
     signal: int | None = None
 
 
@@ -77,7 +72,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     config = config.resolved()
     folder = Path(config.output)
-    _check_folder(folder, config)
+    check_folder(folder, resume=config.resume, overwrite=config.overwrite)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -85,22 +80,26 @@ def train(config: TrainConfig) -> TrainResult:
     tokenizer = load_tokenizer(config.model)
     stream = _load_data(config, tokenizer)
     corpus = stream.corpus
-    model = load_model(config.model, dtype=dtype, device=device)
+    quantize = config.quantization.config() if config.method == "qlora" else None
+    model = load_model(config.model, dtype=dtype, device=device, quantize=quantize)
+    tokenizer.check_fits(model.config.vocab_size)
     _check_lengths(corpus, model.config.max_positions)
     model.gradient_checkpointing = config.gradient_checkpointing
     base = state.base_fingerprint(model)
     torch.manual_seed(config.seed)
     parameters = choose_parameters(model, config)
-    optimizer = Optimizer(parameters, config.optimizer, config.lora.plus_ratio or 1.0)
+    ratio = config.lora.plus_ratio or 1.0
+    optimizer = Optimizer(parameters, config.optimizer, ratio, fused_backward=config.fused_backward)
     matters = state.fingerprint(config, corpus.files, base, str(dtype))
     room = model.config.max_positions - config.evaluation.sample_tokens
     prompts = sample_prompts(corpus.validation, config.evaluation.samples, room)
     total = config.max_steps * config.accumulation_steps if config.max_steps else stream.count(config.epochs)
     with sole_writer(folder):
-        _check_folder(folder, config)  # another process may have begun a run there since
+        check_folder(folder, resume=config.resume, overwrite=config.overwrite)  # again: another may have begun there
         progress = _resume(folder, parameters, optimizer, matters) if config.resume else state.Progress()
-        _write_run_files(folder, config, corpus, _environment(model, dtype))
-        with StopSignal() as stop, Journal(folder, -(-total // config.accumulation_steps), progress) as journal:
+        write_run_files(folder, dataclasses.asdict(config), corpus.files, environment(device, dtype))
+        steps, evaluated = -(-total // config.accumulation_steps), [e["step"] for e in progress.evaluations]
+        with StopSignal() as stop, Journal(folder, steps, progress.step, evaluated) as journal:
             job = Job(
                 config=config,
                 model=model,
@@ -137,7 +136,12 @@ def _load_data(config: TrainConfig, tokenizer: Any) -> Stream:
 
 
 def choose_parameters(model: Transformer, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """Make the method's parameters trainable, add adapters where it is lora; returns them by name."""
+    """Make the method's parameters trainable, add adapters where it has them; returns them by name.
+
+    Raises ConfigError where the base is stored in 4 bits, which have no gradient, and the method is not qlora.
+    """
+    if config.method != "qlora" and quantized_weights(model):
+        raise ConfigError(f"{config.model} is stored in 4 bits, which method {config.method} cannot train; use qlora")
     if config.method == "full":
         return train_all(model)
     if config.method == "last_layers":
@@ -162,21 +166,6 @@ def _check_lengths(corpus: Corpus, positions: int) -> None:
         )
 
 
-def _check_folder(folder: Path, config: TrainConfig) -> None:
-    """Refuse to write over another run, or to go on with one that is not there."""
-    if config.resume:
-        if not (folder / "config.yaml").is_file():
-            raise ConfigError(f"{folder} holds no run to resume; check --output, or leave out --resume")
-        return
-    if folder.is_file():
-        raise ConfigError(f"output {folder} is a file; name a folder")
-    foreign = [path.name for path in folder.iterdir() if path.name not in CONTENTS] if folder.is_dir() else []
-    if (folder / "config.yaml").exists() and not config.overwrite:
-        raise ConfigError(f"{folder} already holds a run; use --resume, --overwrite or another --output")
-    if foreign and not (folder / "config.yaml").exists():
-        raise ConfigError(f"output {folder} is not empty and no run (it has {foreign[0]}); use another --output")
-
-
 def _note(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -194,61 +183,22 @@ def _resume(folder: Path, parameters: dict, optimizer: Optimizer, matters: dict)
     return state.Progress(**saved["progress"])
 
 
-def _write_run_files(folder: Path, config: TrainConfig, corpus: Corpus, environment: dict[str, Any]) -> None:
-    """Write config, environment and data; clear an old run that is to be overwritten."""
-    if config.resume:
-        before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-        for name in ("torch", "processor", "device", "threads"):
-            if before.get(name) != environment[name]:
-                change = f"{name} was {before.get(name)} and is now {environment[name]}"
-                _note(f"{change}: the run goes on, but not bit for bit as it would have")
-        return
-    for name in CONTENTS if config.overwrite else ():
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    options = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(config, overwrite=False))))
-    texts = {
-        "environment.json": json.dumps(environment, indent=1),
-        "data.json": json.dumps(corpus.files, indent=1),
-        "config.yaml": yaml.safe_dump(options, sort_keys=False),  # last: with it, the folder is a run
-    }
-    for name, text in texts.items():
-        with atomic_file(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-
-
-def _environment(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
-    """Describe the machine and the software that a run's numbers depend on."""
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "minitune": __version__,
-        "python": platform.python_version(),
-        **versions,
-        "platform": platform.platform(),
-        "processor": names[0] if names else platform.processor(),
-        "device": str(model.head_weight.device),
-        "dtype": str(dtype),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _announce(job: Job, corpus: Corpus) -> None:
     """Say what is about to be trained on what."""
     trained = sum(p.numel() for p in job.parameters.values())
     everything = sum(p.numel() for p in job.model.parameters())
+    everything += sum(weight.shape.numel() for weight in quantized_weights(job.model).values())
     rows = sum(len(examples) for examples, _ in corpus.training)
     job.journal.say(
         f"{job.config.method}: {trained:,} of {everything:,} parameters, {rows:,} training and "
-        f"{len(corpus.validation):,} validation examples, {job.total_steps:,} steps"
+        f"{counted(len(corpus.validation), 'validation example')}, {counted(job.total_steps, 'step')}"
     )
     if leaked := corpus.leaked():
-        job.journal.say(f"{leaked} validation examples are training examples too: the loss on them proves nothing")
+        found = counted(leaked, "validation example")
+        job.journal.say(f"{found} stood among the training examples too: the loss on them proves nothing")
     if job.total_steps < FEW_STEPS:
         more = "max_steps is that low" if job.config.max_steps else "more epochs or fewer accumulation_steps give more"
-        job.journal.say(f"only {job.total_steps} steps, too few to learn much: {more}")
+        job.journal.say(f"only {counted(job.total_steps, 'step')}, too few to learn much: {more}")
     if not corpus.validation:
         job.journal.say("no validation rows: over-fitting will not be seen")
 
@@ -257,7 +207,7 @@ def _export(job: Job, tokenizer: Any, folder: Path) -> Path:
     """Write the best weights where there was validation, else the last, in the ecosystem's format."""
     if job.progress.best_step is not None:
         state.load_best(job.checkpoints, job.parameters, job.progress.best_step)
-    if job.config.method == "lora":
+    if job.config.method in ADAPTER_METHODS:
         save_adapter(job.model, folder / "adapter", job.config.model)
         return folder / "adapter"
     save_model(job.model, tokenizer, folder / "model", overwrite=True)
@@ -266,7 +216,7 @@ def _export(job: Job, tokenizer: Any, folder: Path) -> Path:
 
 def _finish(job: Job, status: str, folder: Path, result: Path | None, number: int | None) -> TrainResult:
     """Return the result, and write the report of a run that came to its end."""
-    progress = job.progress
+    progress, parted = job.progress, watch.overfitting(job.progress.evaluations)
     outcome = TrainResult(
         status=status,
         folder=folder,
@@ -278,8 +228,9 @@ def _finish(job: Job, status: str, folder: Path, result: Path | None, number: in
         base_loss=next((e["validation_loss"] for e in progress.evaluations if e["step"] == 0), None),
         best_loss=progress.best_loss,
         best_step=progress.best_step,
+        parted_step=parted and parted["step"],
         signal=number if status == "stopped" else None,
     )
     if result is not None:
-        write_report(folder, job.config, dataclasses.asdict(outcome))
+        write_report(folder, dataclasses.asdict(job.config), dataclasses.asdict(outcome))
     return outcome

@@ -14,6 +14,7 @@ a damaged one is refused by name and the one before it used. torch.save was reje
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -24,10 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from minitune.checkpoint.files import atomic_folder, clean_leftovers
-from minitune.checkpoint.safetensors_io import read_tensors, write_tensors
-from minitune.data.reading import file_sha256
 from minitune.errors import CheckpointError
+from minitune.files import atomic_folder, clean_leftovers, file_sha256
+from minitune.model.lora import quantized_weights
+from minitune.safetensors_io import read_tensors, write_tensors
 from minitune.training.config import TrainConfig
 from minitune.training.optimizer import Optimizer
 
@@ -60,14 +61,15 @@ class Progress:
 
     @property
     def name(self) -> str:
-        """Name of the checkpoint folder; names sort in the order of progress."""
+        """Name of the checkpoint folder; `checkpoints` reads the order of progress from it."""
         return f"step-{self.step:07d}" + (f"-{self.micro:02d}" if self.micro else "")
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """Return a sha256 over every parameter's name, shape and 64 elements spread over it."""
+    """Return a sha256 over every weight's name, shape and 64 elements, or bytes, spread over it."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    quantized = {name: weight.packed for name, weight in quantized_weights(model).items()}
+    for name, parameter in (*model.named_parameters(), *quantized.items()):
         flat = parameter.detach().flatten()
         chosen = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)]
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
@@ -137,23 +139,37 @@ def load_best(root: Path, parameters: dict[str, nn.Parameter], step: int) -> Non
     _fill(parameters, read_tensors(root / f"best-{step:07d}" / "weights.safetensors"))
 
 
-def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """Return folder and state of the last sound checkpoint below `root`, None when there is none.
+def checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoint folders below `root` in the order of progress, by number: 100 comes after 99."""
+    found = {path: re.fullmatch(r"step-(\d+)(?:-(\d+))?", path.name) for path in root.glob("step-*")}
+    steps = {path: (int(match[1]), int(match[2] or 0)) for path, match in found.items() if match}
+    return sorted(steps, key=steps.__getitem__)
 
-    A damaged one is reported through `warn` and moved out of the way.
+
+def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """Return folder and state of the last sound checkpoint below `root`, None when none was written.
+
+    Damaged ones after it are reported through `warn` and moved out of the way. Raises CheckpointError, and moves
+    nothing, where all are damaged.
     """
     for hidden in list(root.glob(".*-*")):
         clean_leftovers(root / hidden.name[1:].split(".")[0])
-    for folder in sorted(root.glob("step-*"), reverse=True):
-        if folder.suffix:
-            continue
+    damaged: dict[Path, CheckpointError] = {}
+    for folder in reversed(checkpoints(root)):
         try:
-            return folder, _read_state(folder)
+            state = _read_state(folder)
         except CheckpointError as error:
+            damaged[folder] = error
+            continue
+        for bad, error in damaged.items():
             warn(f"{error}; using the checkpoint before it")
-            refused = folder.with_suffix(".refused")
+            refused = bad.with_suffix(".refused")
             shutil.rmtree(refused, ignore_errors=True)
-            folder.rename(refused)
+            bad.rename(refused)
+        return folder, state
+    if damaged:
+        first = next(iter(damaged.values()))
+        raise CheckpointError(f"{first}, and no checkpoint before it is sound; begin again with --overwrite")
     return None
 
 
@@ -197,7 +213,7 @@ def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor])
 
 def _prune(root: Path, keep: int) -> None:
     """Remove all but the last `keep` checkpoints, and best weights that none of those refers to."""
-    folders = sorted(folder for folder in root.glob("step-*") if not folder.suffix)
+    folders = checkpoints(root)
     for folder in folders[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
     used = set()

@@ -158,16 +158,17 @@ def test_absurd_counts_are_refused_within_a_second(tmp_path):
     tokens = whole.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
     blocks = whole.index(b"llama.block_count") + len(b"llama.block_count") + 4
     dims = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4
-    for place, value in (
-        (8, huge),
-        (16, huge),
-        (tokens, huge),
-        (dims, huge),
-        (blocks, b"\xff\xff\xff\x7f"),
-        (24, huge),
+    for place, value, expected in (
+        (8, huge, "9,223,372,036,854,775,807 tensors"),
+        (16, huge, "9,223,372,036,854,775,807 fields"),
+        (tokens, huge, "claims 9,223,372,036,854,775,807 strings"),
+        (dims, huge, "damaged"),
+        (blocks, b"\xff\xff\xff\x7f", "2,147,483,647 layers are claimed"),
+        (24, huge, "damaged"),
     ):
         path.write_bytes(whole)
-        damaged(path, lambda c, place=place, value=value: c.__setitem__(slice(place, place + len(value)), value))
+        change = slice(place, place + len(value))
+        assert expected in damaged(path, lambda c, change=change, value=value: c.__setitem__(change, value))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # a damaged scale is a NaN

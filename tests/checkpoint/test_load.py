@@ -144,13 +144,15 @@ def test_index_must_tell_the_truth(tiny_folder, tmp_path):
 
 def test_hub_cache_layout_is_followed(tiny_folder, tmp_path):
     made = tiny_folder(tmp_path / "m")
+    expected = load_model(made).state_dict()
     snapshot, blobs = tmp_path / "hub/snapshots/abc", tmp_path / "hub/blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for file in made.iterdir():
         file.rename(blobs / file.name)
         (snapshot / file.name).symlink_to(os.path.relpath(blobs / file.name, snapshot))
-    load_model(snapshot)
+    found = load_model(snapshot).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_pickles_and_other_things_are_refused(tiny_folder, tmp_path):

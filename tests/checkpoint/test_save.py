@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from minitune.checkpoint import safetensors_io
+from minitune import safetensors_io
 from minitune.checkpoint.huggingface import save_model
 from minitune.checkpoint.load import load_model, load_tokenizer
-from minitune.checkpoint.safetensors_io import read_tensors, write_tensors
 from minitune.errors import CheckpointError
+from minitune.safetensors_io import read_tensors, write_tensors
 
 IDS = torch.arange(2 * 9).view(2, 9) * 13 % 256
 

@@ -150,9 +150,9 @@ def test_windows_learn_every_token_once_in_its_context(tokenizers, length, limit
 
 
 def test_split_leaves_chats_alone(tokenizers):
-    with pytest.raises(DataError, match="all 1 rows are over max_length 8.*only texts are split"):
+    with pytest.raises(DataError, match="1 of 1 row is over max_length 8.*only texts are split"):
         build(chat(), tokenizers["chat"], max_length=8, truncate="split")
-    with pytest.raises(DataError, match="all 1 rows are over max_length 3"):
+    with pytest.raises(DataError, match="1 of 1 row is over max_length 3"):
         build(Record("a:1", "text", text="long"), tokenizers["plain"], max_length=3, truncate="prompt")
 
 
@@ -227,7 +227,7 @@ def test_options_are_checked(tokenizers):
 
 def test_what_the_template_refuses_names_the_row(with_template):
     strict = with_template("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}")
-    with pytest.raises(DataError, match=r"a.jsonl:7: .*: no system; correct the row \(1 more such rows\)"):
+    with pytest.raises(DataError, match=r"a.jsonl:7: .*: no system; correct the row \(1 more such row\)"):
         build_examples([chat(origin="a.jsonl:7"), chat()], strict, max_length=99)
     with pytest.raises(CheckpointError):  # at once: it is not the row's fault
         build_examples([chat(), chat()], with_template("{{ messages | nonsense }}"), max_length=99)

@@ -120,7 +120,7 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ({"instruction": "a", "output": " \n"}, "a row without an answer"),
         ({"instruction": "", "output": "b"}, "a row without a question"),
         ({"instruction": "a", "output": None}, "the field 'output' is null, not text"),
-        ({"instruction": "a", "output": 3}, "the field 'output' is a int, not text"),
+        ({"instruction": "a", "output": 3}, "the field 'output' is an int, not text"),
         ({"instruction": "a", "inputs": "x", "output": "b"}, "unknown field 'inputs'; did you mean 'input'"),
         ({"instruction": "a", "output": "b", "history": [["x"]]}, "the field 'history' is not a list of pairs"),
         ({"instruction": "a", "output": "b", "history": "xy"}, "the field 'history' is not a list of pairs"),

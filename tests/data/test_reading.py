@@ -59,6 +59,17 @@ def test_kind_of_json_is_told_by_content(tmp_path):
     assert [fields["text"] for _, fields in read_rows(lines)] == ["a", "b"]
 
 
+def test_rows_of_an_array_that_share_a_line_are_told_apart(tmp_path):
+    one = write(tmp_path, "one.json", '[{"text": "a"}, {"text": "b"}, 7]\n')
+    assert [origin for origin, _ in read_rows(one)] == [f"{one}:1 (row {n})" for n in (1, 2, 3)]
+    mixed = write(tmp_path, "mixed.json", '[\n{"text": "a"}, {"text": "b"},\n{"text": "c"}, {"text": "d"}]')
+    found = [origin.removeprefix(str(mixed)) for origin, _ in read_rows(mixed)]
+    assert found == [":2", ":2 (row 2)", ":3", ":3 (row 4)"], "each row has an origin of its own"
+    for text in ('[{"text": "a"}, {"text": b}]', '[{"text": "a"}, {"text": "b"} {"text": "c"}]'):
+        broken = write(tmp_path, "broken.json", text)
+        assert [origin for origin, _ in read_rows(broken)][-1] == f"{broken}:1 (row 2)"
+
+
 def test_reading_goes_on_after_a_broken_line(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": \n{"text": "b"}\n')
     rows = list(read_rows(path))
@@ -78,7 +89,7 @@ def test_reading_goes_on_after_a_broken_line(tmp_path):
         ("a.jsonl", '{"text": "a", "text": "b"}', ":1: the field 'text' is given twice"),
         ("a.json", '[\n\n{"text": "a", "text": "b"}]', ":3: the field 'text' is given twice"),
         ("a.jsonl", '"just text"', ":1: a row that is a str, not an object"),
-        ("a.json", "[1, 2]", ":1: a row that is a int, not an object"),
+        ("a.json", "[1, 2]", ":1 (row 1): a row that is an int, not an object"),
         ("a.jsonl", '{"text": ' + "[" * 100_000, ":1: broken JSON"),
         ("a.jsonl", '{"text": ' + "1" * 5000 + "}", ":1: broken JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', ":2: byte 0xe9 at offset 24 is not UTF-8"),
@@ -88,7 +99,7 @@ def test_reading_goes_on_after_a_broken_line(tmp_path):
         ("a.csv", b"text\n\0", ":2: NUL byte"),
         ("a.jsonl", b"", ": the file is empty"),
         ("a.csv", b"\xef\xbb\xbf \n\n", ": the file is empty"),
-        ("a.csv", "prompt,completion\na,b\nc\n", ":3: a CSV row of 1 cells under a header of 2"),
+        ("a.csv", "prompt,completion\na,b\nc\n", ":3: a CSV row of 1 cell under a header of 2"),
         ("a.csv", 'prompt,completion\n"a\nb",c\nd,e,f\n', ":4: a CSV row of 3 cells under a header of 2"),
         ("a.csv", 'text\ngood\n"never closed\nand on', ":3: broken CSV"),
         ("a.csv", 'text\n"a"b\n', ":2: broken CSV"),

@@ -147,7 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{spec.name:64} registers/spilled/shared  {'  '.join(uses)}", flush=True)
     table = read_table()
     if options.write:
-        table = {"triton": triton.__version__, "kernels": {**(table["kernels"] if options.names else {}), **found}}
+        others = {
+            name: use for name, use in table["kernels"].items() if not name.startswith(tuple(options.names or [""]))
+        }
+        table = {"triton": triton.__version__, "kernels": others | found}
         _write(table)
     lines = list(problems(found, table, triton.__version__, whole=not options.names))
     print("\n".join(lines), end="\n" if lines else "", file=sys.stderr)

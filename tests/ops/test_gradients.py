@@ -11,7 +11,7 @@ from minitune.ops.cross_entropy import linear_cross_entropy
 from minitune.ops.linear import Adapter, Remade, projections, stacked
 from minitune.ops.norm import rms_norm
 from minitune.ops.rope import apply_rope, rope_tables
-from minitune.ops.swiglu import swiglu
+from minitune.ops.swiglu import geglu, swiglu
 
 
 def draw(*shape, seed=0, grad=True, dtype=torch.float64):
@@ -25,10 +25,30 @@ def test_rms_norm():
     assert gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (x, w))
 
 
+def test_rms_norm_with_offset():
+    x, w = draw(2, 3, 5), draw(5, seed=1)
+    torch.testing.assert_close(rms_norm(x, w, 1e-5, 1.0), F.rms_norm(x, (5,), 1 + w, 1e-5))
+    assert gradcheck(lambda x, w: rms_norm(x, w, 1e-5, 1.0), (x, w))
+
+
+def test_the_offset_form_is_rounded_once():
+    x, w = draw(64, 33, grad=False).half(), draw(33, seed=1, grad=False).half()
+    wide = F.rms_norm(x.float(), (33,), 1 + w.float(), 1e-5)
+    assert torch.equal(rms_norm(x, w, 1e-5, 1.0), wide.half())
+    assert not torch.equal(rms_norm(x, 1 + w, 1e-5), wide.half())  # Llama's form rounds twice
+
+
 def test_swiglu():
     gate, up = draw(2, 7), draw(2, 7, seed=1)
     torch.testing.assert_close(swiglu(gate, up), gate * torch.sigmoid(gate) * up)
     assert gradcheck(swiglu, (gate, up))
+
+
+def test_geglu():
+    gate, up = draw(2, 7), draw(2, 7, seed=1)
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    torch.testing.assert_close(geglu(gate, up), 0.5 * gate * (1 + torch.tanh(inner)) * up)
+    assert gradcheck(geglu, (gate, up))
 
 
 def test_rope_turns_each_pair_by_its_angle():

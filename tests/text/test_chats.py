@@ -1,5 +1,7 @@
 """Chat templates against transformers, targets against the definition, and templates and users that mean harm."""
 
+import json
+import shutil
 import time
 from datetime import datetime
 
@@ -262,6 +264,28 @@ def test_templates_cannot_reach_python(source):
     assert "\n" not in str(answer)
 
 
+@pytest.mark.parametrize(
+    "source,talk",
+    [
+        ("{{ messages | nonsense }}", TURNS),
+        ("{{ raise_exception('no') }}", TURNS),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", TURNS),
+        ("{{ ''.__class__ }}", TURNS),
+        (CHATML.replace("<|im_end|>", ""), TURNS[:2]),  # writes no end of turn
+        (None, TURNS),
+    ],
+)
+def test_errors_name_the_model_that_the_template_is_of(fast_folder, tmp_path, source, talk):
+    folder = shutil.copytree(fast_folder("chatml"), tmp_path / "some model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": source}))
+    with pytest.raises(MinituneError) as caught:
+        render_chat(load_tokenizer(folder), talk)
+    what = f"{folder} has no chat template" if source is None else f"the chat template of {folder} "
+    assert what in str(caught.value) and "\n" not in str(caught.value)
+
+
 RUNAWAYS = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{{ 10 ** (10 ** 9) }}",
@@ -305,7 +329,7 @@ BAD_TALKS = [
     ([{"role": "usr", "content": "x"}], "message 0: role 'usr'.*did you mean 'user'"),
     ([{"content": "x"}], "message 0: role None"),
     (["x"], "message 0: role None"),
-    ([TURNS[0], {"role": "assistant", "content": None}], "message 1: 'content' is NoneType"),
+    ([TURNS[0], {"role": "assistant", "content": None}], "message 1: 'content' is null"),
     ([{"role": "user", "content": ["x", {1, 2}]}], "plain JSON"),
     ([{"role": "user", "content": "half \ud83d"}], "surrogate"),
 ]

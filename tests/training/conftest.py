@@ -9,8 +9,8 @@ import signal
 import pytest
 import torch
 
+from minitune.reporting.journal import read_metrics
 from minitune.training.config import CheckpointConfig, EvaluationConfig, LoRAOptions, TrainConfig
-from minitune.training.journal import read_metrics
 from minitune.training.run import train
 
 WORDS = "red green blue one two three cat dog bird sun moon sky".split()

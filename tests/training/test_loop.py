@@ -14,10 +14,10 @@ from minitune.data.examples import Example
 from minitune.errors import TrainingError
 from minitune.model.config import LoRAConfig
 from minitune.model.lora import add_lora
+from minitune.reporting.journal import Journal, read_metrics
 from minitune.training import loop, state
 from minitune.training.config import EvaluationConfig, LoRAOptions, OptimizerConfig, ScheduleConfig, TrainConfig
 from minitune.training.evaluate import validation_loss
-from minitune.training.journal import Journal, read_metrics
 from minitune.training.objectives import supervised
 from minitune.training.optimizer import Optimizer
 from minitune.training.run import choose_parameters, train
@@ -62,7 +62,7 @@ def window_gradient(folder, tmp_path, batches, objective=supervised, method="ful
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
     optimizer = Recorder(parameters, config.optimizer)
     progress = state.Progress()
-    with Journal(tmp_path, 1, progress) as journal:
+    with Journal(tmp_path, 1) as journal:
         job = loop.Job(
             config=config, model=model, parameters=parameters, optimizer=optimizer, objective=objective,
             stream=lambda start: batches[start:], total_batches=len(batches), validation=None, sample=list,
@@ -253,7 +253,7 @@ def test_not_finite_names_step_and_tensor_and_keeps_the_checkpoint(make_config, 
 
 
 def test_a_bad_activation_is_found_where_it_arises(tiny_model):
-    from minitune.training.watch import bad_activation
+    from minitune.reporting.watch import bad_activation
 
     model = load_model(tiny_model, dtype=torch.float32)
     model.model.layers[1].self_attn.o_proj.weight.data.fill_(1e38)
@@ -278,7 +278,7 @@ def overfitted(make_config, capfd, **evaluation):
 
 
 def test_overfitting_is_called_out_and_the_best_weights_are_the_result(make_config, capfd):
-    from minitune.checkpoint.safetensors_io import read_tensors
+    from minitune.safetensors_io import read_tensors
 
     result = overfitted(make_config, capfd)
     assert "over-fitting: since step" in capfd.readouterr().err

@@ -96,14 +96,14 @@ def test_a_second_moment_in_bf16_decays():
     torch.manual_seed(0)
     weight = parameter([0.0] * 4000, torch.bfloat16)
     optimizer = Optimizer({"w": weight}, OptimizerConfig(betas=(0.9, 0.999)))
-    optimizer.moments["w"][1].fill_(1.0)
+    optimizer.moments["w"]["exp_avg_sq"].fill_(1.0)
     for _ in range(200):
         weight.grad = torch.zeros(4000, dtype=torch.bfloat16)
         optimizer.average(1)
         optimizer.step(1e-4)
     decayed = 0.999**200
     assert (torch.tensor(1.0, dtype=torch.bfloat16) * 0.999).item() == 1.0, "what rounding to nearest does"
-    assert optimizer.moments["w"][1].float().mean().item() == pytest.approx(decayed, rel=0.01)
+    assert optimizer.moments["w"]["exp_avg_sq"].float().mean().item() == pytest.approx(decayed, rel=0.01)
 
 
 def test_rounding_is_to_a_neighbour_and_right_on_average():

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from minitune.checkpoint import files
+from minitune import files
 from minitune.errors import CheckpointError
-from minitune.training import loop, report, state
+from minitune.reporting import report
+from minitune.reporting.journal import read_metrics
+from minitune.training import loop, state
 from minitune.training.config import CheckpointConfig, LoRAOptions, OptimizerConfig, Source
-from minitune.training.journal import read_metrics
 from minitune.training.run import train
 from tests.training.conftest import KILLED, in_child, outcome, resumed, wait
 
@@ -182,6 +183,40 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(make_co
     assert outcome(train(resumed(config)).folder) == straight
     said = capfd.readouterr().err
     assert str(path) in said and "step-0000006" in said
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_is_not_begun_again_in_silence(make_config):
+    config = make_config(max_steps=6)
+    train(config)
+    folders = sorted((config_folder(config) / "checkpoints").glob("step-*"))
+    assert len(folders) == 2
+    for folder in folders:
+        (folder / "state.json").write_text("{")
+    for _ in range(2):  # also the next time: nothing was moved away
+        with pytest.raises(CheckpointError, match=f"{folders[-1] / 'state.json'} is .*damaged.*--overwrite"):
+            train(resumed(config))
+        assert sorted((config_folder(config) / "checkpoints").glob("step-*")) == folders
+    assert train(dataclasses.replace(config, overwrite=True)).status == "finished"
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_and_says_so(make_config, straight, capfd):
+    config = make_config()
+    assert wait(in_child(config, before_call(loop, "_accumulate", 2, lambda *_: die()))) == KILLED
+    assert outcome(train(resumed(config)).folder) == straight
+    assert "no complete checkpoint yet; beginning from step 0" in capfd.readouterr().err
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    """By name, 100 micro-batches would come before 99, and step 10,000,000 before 9,999,999."""
+    expected = []
+    for step, micros in ((0, (99, 100)), (7, (0, 1, 20, 100, 1000)), (9_999_999, (0,)), (10_000_000, (0, 3))):
+        for micro in micros:
+            expected.append(tmp_path / state.Progress(step=step, micro=micro).name)
+            expected[-1].mkdir()
+    for other in ("step-0000009.refused", "step-x", ".step-0000001.tmp-1-00000000", "best-0000003"):
+        (tmp_path / other).mkdir()
+    assert state.checkpoints(tmp_path) == expected
+    assert sorted(expected) != expected, "the names alone do not sort"
 
 
 CHANGES = {

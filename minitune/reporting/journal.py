@@ -7,13 +7,13 @@ no step stands in it twice.
 import json
 import resource
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from minitune.checkpoint.files import atomic_file
-from minitune.training.state import Progress
+from minitune.files import atomic_file
 
 
 class Journal:
@@ -22,16 +22,17 @@ class Journal:
     Args:
         folder: the run folder.
         total: optimiser steps of the run, for the bar.
-        progress: where the run begins; later lines of an earlier attempt are dropped.
+        step: steps done where the run begins; later lines of an earlier attempt are dropped.
+        evaluated: steps whose evaluations the run knows; lines of others are dropped.
     """
 
-    def __init__(self, folder: Path, total: int, progress: Progress):
+    def __init__(self, folder: Path, total: int, step: int = 0, evaluated: Collection[int] = ()):
         """Cut the metrics back and open them for appending."""
         self.path = folder / "metrics.jsonl"
-        _cut_back(self.path, progress)
+        _cut_back(self.path, step, evaluated)
         self.stream = open(self.path, "a", encoding="utf-8")
-        self.board = _tensorboard(folder / "tensorboard", progress.step)
-        self.bar = tqdm(total=total, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
+        self.board = _tensorboard(folder / "tensorboard", step)
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
     def __enter__(self) -> "Journal":
         """Return itself."""
@@ -92,13 +93,12 @@ def peak_memory_mb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
-def _cut_back(path: Path, progress: Progress) -> None:
-    """Drop lines after the progress made, and evaluations that it does not know."""
-    known = {evaluation["step"] for evaluation in progress.evaluations}
+def _cut_back(path: Path, step: int, evaluated: Collection[int]) -> None:
+    """Drop lines after `step`, and evaluations of other steps than `evaluated`."""
     lines = read_metrics(path.parent)
     kept = [
         line for line in lines
-        if line["step"] <= progress.step and ("validation_loss" not in line or line["step"] in known)
+        if line["step"] <= step and ("validation_loss" not in line or line["step"] in evaluated)
     ]  # fmt: skip
     with atomic_file(path) as temporary:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)

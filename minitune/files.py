@@ -1,4 +1,4 @@
-"""Writes that a killed process cannot leave half done.
+"""Files: writes that a killed process cannot leave half done, and the sha256 by which a file is known.
 
 Everything is written to a temporary sibling `.NAME.tmp-PID-xxxxxxxx`, forced to the disk (fsync of every
 file, then of the folder) and renamed over the target in one step; the rename is forced too. A folder that
@@ -7,6 +7,7 @@ happens. The next writer of the same target removes what a dead writer left and 
 folder. Writing in place with a backup was rejected: a reader can meet the half-written state.
 """
 
+import hashlib
 import os
 import re
 import secrets
@@ -92,6 +93,15 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the hexadecimal sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def clean_leftovers(path: Path) -> None:

@@ -22,17 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from minitune.checkpoint.files import atomic_folder
-from minitune.data.reading import file_sha256
 from minitune.errors import CheckpointError, FetchError, nearest
+from minitune.files import atomic_folder, file_sha256
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-_CHECKOUT = Path(__file__).parents[2] / "weights"
-_PACKAGED = Path(__file__).parents[1] / "weights"
+_CHECKOUT = Path(__file__).parents[1] / "weights"
+_PACKAGED = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)

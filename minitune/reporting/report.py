@@ -8,26 +8,28 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from minitune.training.config import TrainConfig
-from minitune.training.journal import read_metrics
-from minitune.training.watch import overfitting
+from minitune.errors import counted
+from minitune.reporting.journal import read_metrics
 
 
-def write_report(folder: Path, config: TrainConfig, outcome: dict[str, Any]) -> Path:
-    """Write `report.md` and, where matplotlib is installed, `loss.png`; returns the report's path."""
+def write_report(folder: Path, options: dict[str, Any], outcome: dict[str, Any]) -> Path:
+    """Write `report.md` and, where matplotlib is installed, `loss.png`; returns the report's path.
+
+    `options` and `outcome` are the fields of the run's configuration and of its result.
+    """
     lines = read_metrics(folder)
     evaluations = [line for line in lines if "validation_loss" in line]
     files = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     picture = plot_losses(folder / "loss.png", lines)
     parts = [
-        f"# {config.method} of {config.model}\n",
+        f"# {options['method']} of {options['model']}\n",
         _result(outcome, evaluations, [line for line in lines if "loss" in line]),
         "![loss](loss.png)\n" if picture else "",
         _data(files),
-        _usage(config, outcome),
+        _usage(options, outcome),
         _samples(evaluations, outcome["best_step"]),
-        _settings(config, environment),
+        _settings(options, environment),
     ]
     path = folder / "report.md"
     path.write_text("\n".join(part for part in parts if part), encoding="utf-8")
@@ -60,7 +62,7 @@ def _result(outcome: dict[str, Any], evaluations: list[dict[str, Any]], steps: l
     """Say how the run ended, in a table, and what to think of it."""
     base, best, tokens = outcome["base_loss"], outcome["best_loss"], outcome["target_tokens"]
     rows = {
-        "how it ended": f"{outcome['status']}, {outcome['steps']:,} steps",
+        "how it ended": f"{outcome['status']}, {counted(outcome['steps'], 'step')}",
         "validation loss before": base and f"{base:.4f}",
         "validation loss, best": best and f"{best:.4f} at step {outcome['best_step']:,}",
         "validation loss, last": best and f"{evaluations[-1]['validation_loss']:.4f}",
@@ -70,10 +72,10 @@ def _result(outcome: dict[str, Any], evaluations: list[dict[str, Any]], steps: l
         "peak memory": f"{outcome['peak_rss_mb']:,.0f} MB",
     }
     text = "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value)
-    if parted := overfitting(evaluations):
+    if outcome["parted_step"] is not None:
         text += (
-            f"\n**Over-fitting**: after step {parted['step']:,} the validation loss rose while the training loss "
-            "went on falling. More data, fewer epochs, a lower rank or dropout help.\n"
+            f"\n**Over-fitting**: after step {outcome['parted_step']:,} the validation loss rose while the training "
+            "loss went on falling. More data, fewer epochs, a lower rank or dropout help.\n"
         )
     if best and base and best >= base:
         text += "\n**No gain**: no step had a lower validation loss than the base model.\n"
@@ -91,12 +93,12 @@ def _data(files: list[dict[str, Any]]) -> str:
     )
 
 
-def _usage(config: TrainConfig, outcome: dict[str, Any]) -> str:
+def _usage(options: dict[str, Any], outcome: dict[str, Any]) -> str:
     """Say how to load the result, here and elsewhere."""
     result = outcome["result"]
-    model, folder, quoted = shlex.quote(config.model), str(result), shlex.quote(str(result))
+    model, folder, quoted = shlex.quote(options["model"]), str(result), shlex.quote(str(result))
     commands = [f"python -m minitune.generate --model {quoted} --chat"]
-    if config.method == "lora":
+    if result.name == "adapter":
         folder = str(result.with_name("merged"))
         commands = [
             f"python -m minitune.generate --model {model} --adapter {quoted} --chat",
@@ -104,7 +106,7 @@ def _usage(config: TrainConfig, outcome: dict[str, Any]) -> str:
         ]
     which = "the best validation loss" if outcome["best_step"] is not None else "the last step"
     theirs = f"import transformers\n\nmodel = transformers.AutoModelForCausalLM.from_pretrained({folder!r})"
-    after = "Elsewhere, once that export is written:" if config.method == "lora" else "Elsewhere:"
+    after = "Elsewhere, once that export is written:" if result.name == "adapter" else "Elsewhere:"
     shell, python = "\n".join(commands), f"```python\n{theirs}\n```"
     return f"## Use it\n\nThe weights of {which}:\n\n```\n{shell}\n```\n\n{after}\n\n{python}\n"
 
@@ -127,13 +129,12 @@ def _samples(evaluations: list[dict[str, Any]], best_step: int | None) -> str:
     return text
 
 
-def _settings(config: TrainConfig, environment: dict[str, Any]) -> str:
+def _settings(options: dict[str, Any], environment: dict[str, Any]) -> str:
     """Point at the rest."""
     machine = ", ".join(f"{name} {environment[name]}" for name in ("minitune", "torch", "dtype", "device", "threads"))
-    optimizer = config.optimizer
+    rows = f"{options['batch_size']} x {options['accumulation_steps']} rows"
     return (
-        f"## Settings\n\nLearning rate {optimizer.learning_rate:g} ({config.schedule.kind}), "
-        f"{config.batch_size} x {config.accumulation_steps} rows of at most {config.max_length} tokens a step, "
-        f"seed {config.seed}. All options: `config.yaml`. Every step: `metrics.jsonl`.\n\n{machine}; "
-        f"{environment['processor']}\n"
+        f"## Settings\n\nLearning rate {options['optimizer']['learning_rate']:g} ({options['schedule']['kind']}), "
+        f"{rows} of at most {options['max_length']} tokens a step, seed {options['seed']}. All options: `config.yaml`. "
+        f"Every step: `metrics.jsonl`.\n\n{machine}; {environment['processor']}\n"
     )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minitune.training import watch
+from minitune.reporting import watch
 
 
 def strikes(losses, vocab_size=100):

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from minitune.checkpoint import files
-from minitune.checkpoint.files import atomic_file, atomic_folder, sole_writer
+from minitune import files
 from minitune.errors import CheckpointError
+from minitune.files import atomic_file, atomic_folder, sole_writer
 
 
 def names(folder):
@@ -71,7 +71,7 @@ def test_failed_file_keeps_the_earlier_one(tmp_path):
 
 KILLED = """
 import sys, time
-from minitune.checkpoint.files import atomic_folder, atomic_file
+from minitune.files import atomic_folder, atomic_file
 kind, target = sys.argv[1:]
 with (atomic_folder(target, overwrite=True) if kind == "folder" else atomic_file(target)) as temporary:
     (temporary / "part" if kind == "folder" else temporary).write_text("half")
@@ -113,7 +113,7 @@ def test_killed_at_random_moments_the_target_is_always_whole(tmp_path):
         for name in "abc":
             (temporary / name).write_text("first")
     loop = (
-        "import sys\nfrom minitune.checkpoint.files import atomic_folder\n"
+        "import sys\nfrom minitune.files import atomic_folder\n"
         "for i in range(10**6):\n with atomic_folder(sys.argv[1], overwrite=True) as t:\n"
         "  for n in 'abc': (t / n).write_text(str(i) * 100)\n  if not i: print(flush=True)\n"
     )
@@ -136,7 +136,7 @@ def test_a_file_is_not_written_over_a_folder(tmp_path):
 def test_a_folder_has_one_writer_until_its_process_ends(tmp_path):
     folder = tmp_path / "run"
     code = (
-        "import sys, time, pathlib; from minitune.checkpoint.files import sole_writer\n"
+        "import sys, time, pathlib; from minitune.files import sole_writer\n"
         "with sole_writer(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)

@@ -92,6 +92,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return what a safetensors file says of itself, beside its tensors; errors as in `read_header`."""
+    read_header(path)
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a safetensors file, on the CPU; errors as in `read_header`."""
     return {name: stored.read() for name, stored in read_header(path).items()}
@@ -109,6 +116,18 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     try:
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
         path.chmod(mode)
+        if metadata:
+            _sort_metadata(path)
     except SafetensorError as error:
         full = "os error 28" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort what a file says of itself: the library's order changes from write to write, and the file's bytes with it."""
+    with open(path, "r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        stream.seek(8)
+        stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))

@@ -1,0 +1,221 @@
+"""The byte ledger: what a run will hold, from its config alone, before a weight is read.
+
+    held = weights + codes + scales + adapters + optimiser state + room for decoded weights
+    peak = held + max(early gradients + activations + max(loss room, layer room),  gradients + step room)
+
+The backward pass gives up activations layer by layer and makes gradients layer by layer, so their sum runs in a
+straight line from one end of the pass to the other, and the larger end is the peak. Early gradients are there when it
+begins: the head's, which the loss makes on its way forward, and all of them while a window accumulates.
+
+Activations are what `minitune/ops` keeps for the backward pass, and no more: of a norm its input and one fp32 number a
+row, of attention q, k, v, of a gated unit gate and up, of o_proj its input, of an adapter the R numbers a row between A
+and B. The inputs of all other projections are made again (`ops/linear.py`). Running a step and reading the peak was
+rejected: it needs the very memory that is in question, and does not say what holds it.
+
+Not counted: Python and torch themselves, what an allocator rounds up, copies that the matmul library makes, the mask
+of packed rows (a byte for each pair of tokens), and loading. The count is of the references in `ops`. On a GPU the loss
+makes 256 MiB of logits at a time and attention keeps one fp32 number more a row and head; that was not measured.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from minitune.errors import ConfigError
+from minitune.model.config import LoRAConfig, ModelConfig, QuantizationConfig
+from minitune.model.linear import LoRA
+from minitune.model.lora import add_lora, linear_modules
+from minitune.model.transformer import Transformer
+from minitune.ops.adamw8bit import BLOCK_SIZE
+from minitune.ops.attention import BLOCK
+from minitune.ops.cross_entropy import CHUNK, SPAN
+from minitune.ops.nf4 import NESTED_BLOCK
+from minitune.ops.rounding import POOL
+
+SMALL = 4096  # elements; 8-bit AdamW keeps fp32 moments of fewer (`training/optimizer.py`)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes by what they are for. `total` is the peak, not the sum: not all exist at once."""
+
+    weights: int
+    """The base's parameters that are not quantised."""
+    codes: int
+    """Quantised weights without their scales."""
+    scales: int
+    """Of the quantised weights; in double quantisation their 8-bit codes, nested scales and means."""
+    adapters: int
+    """A and B, fp32."""
+    optimizer: int
+    """Moments."""
+    decode_room: int
+    """The weights that are decoded at a time, kept for the next."""
+    gradients: int
+    """Of all that trains; with fused_backward of the largest parameter."""
+    early_gradients: int
+    """Those that exist beside the activations when the backward pass begins."""
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    loss_room: int
+    """Logits of a chunk of rows, and copies of the hidden states."""
+    layer_room: int
+    """What the backward pass of a layer makes; with checkpointing its activations too."""
+    step_room: int
+    """The embedding's own gradient where the head is tied to it and trains; random numbers for rounding to bf16."""
+
+    @property
+    def held(self) -> int:
+        """Bytes that exist at every moment of a run."""
+        return self.weights + self.codes + self.scales + self.adapters + self.optimizer + self.decode_room
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak of a step."""
+        begin = self.early_gradients + self.activations + max(self.loss_room, self.layer_room)
+        return self.held + max(begin, self.gradients + self.step_room)
+
+    def __str__(self) -> str:
+        """A table in MB (1,000,000 bytes)."""
+        lines = {**asdict(self), "held all along": self.held, "peak": self.total}
+        return "\n".join(f"{name.replace('_', ' '):16}{size / 1e6:12,.1f} MB" for name, size in lines.items())
+
+
+def ledger(
+    config: ModelConfig,
+    method: str,
+    batch_size: int,
+    length: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    lora: LoRAConfig | None = None,
+    quantization: QuantizationConfig | None = None,
+    optimizer: str = "adamw",
+    accumulation_steps: int = 1,
+    gradient_checkpointing: bool = False,
+    fused_backward: bool = False,
+) -> Ledger:
+    """Count the bytes of a supervised run in which each row is one document and every token a target.
+
+    Args:
+        config: of the base.
+        method: full, lora or qlora.
+        batch_size: rows of a micro-batch.
+        length: tokens of a row, padding included.
+        dtype: of the weights that are not quantised, and of the arithmetic.
+        lora: for lora and qlora; None: the defaults.
+        quantization: for qlora; None: the defaults.
+        optimizer: adamw, adamw8bit or sgd.
+        accumulation_steps: micro-batches of a step.
+        gradient_checkpointing: keep the inputs of layers only, and make the rest again in the backward pass.
+        fused_backward: update in the backward pass and drop each gradient.
+
+    Raises:
+        ConfigError: an unknown method or optimiser, or a count below 1.
+    """
+    _check(method, optimizer, batch_size, length, accumulation_steps)
+    model = Transformer(config, dtype=dtype, device="meta", init=False)  # names and shapes; it has no bytes
+    linears, full, tokens = linear_modules(model), method == "full", batch_size * length
+    adapters = {} if full else add_lora(model, lora or LoRAConfig())
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {name: parameter for name, parameter in model.named_parameters() if ".lora." not in name}
+    packed = {path: weights.pop(f"{path}.weight") for path in linears} if method == "qlora" else {}
+    stored = [_stored(weight.shape, quantization or QuantizationConfig()) for weight in packed.values()]
+    layers = config.num_layers - min((int(path.split(".")[2]) for path in adapters), default=0)  # those with gradients
+    layer = tokens * (_layer(config, dtype) + _adapters(adapters, dtype) // layers)
+    inputs = tokens * config.hidden_size * dtype.itemsize
+    gradients, head = [parameter.nbytes for parameter in trained.values()], model.head_weight.nbytes if full else 0
+    return Ledger(
+        weights=sum(parameter.nbytes for parameter in weights.values()),
+        codes=sum(codes for codes, _ in stored),
+        scales=sum(scales for _, scales in stored),
+        adapters=0 if full else sum(gradients),
+        optimizer=sum(_moments(optimizer, name, parameter) for name, parameter in trained.items()),
+        decode_room=_decode_room(config, dtype) if packed else 0,
+        gradients=max(gradients) if fused_backward else sum(gradients),
+        early_gradients=head + (sum(gradients) if accumulation_steps > 1 else 0),
+        activations=tokens * _outside(config, dtype, full) + layers * (inputs if gradient_checkpointing else layer),
+        loss_room=3 * inputs + _logits(config, dtype, tokens, full),
+        layer_room=_layer_room(config, dtype, batch_size, length) + (layer - inputs if gradient_checkpointing else 0),
+        step_room=(head if config.tie_embeddings else 0) + (8 * POOL if full and dtype == torch.bfloat16 else 0),
+    )
+
+
+def _check(method: str, optimizer: str, *counts: int) -> None:
+    if method not in ("full", "lora", "qlora") or optimizer not in ("adamw", "adamw8bit", "sgd"):
+        raise ConfigError(
+            f"no ledger for {method!r} with {optimizer!r}: take full, lora or qlora with an optimizer.kind"
+        )
+    if min(counts) < 1:
+        raise ConfigError(f"batch_size, length and accumulation_steps are {counts}; each must be at least 1")
+
+
+def _stored(shape: torch.Size, config: QuantizationConfig) -> tuple[int, int]:
+    """Return the bytes of a quantised weight's codes and of its scales (`ops/nf4.py`)."""
+    count = shape.numel()
+    if config.kind == "int8":
+        return count, 4 * shape[0]
+    blocks = -(-count // config.block_size)
+    return -(-count // 2), blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if config.double_quant else 4 * blocks
+
+
+def _moments(kind: str, name: str, parameter: torch.Tensor) -> int:
+    """Return the bytes of a parameter's two moments, as `training/optimizer.py` allocates them."""
+    count = parameter.numel()
+    if kind == "adamw8bit":
+        eight = count >= SMALL and "embed" not in name
+        return 2 * (count + 4 * -(-count // BLOCK_SIZE) if eight else 4 * count)
+    return 0 if kind == "sgd" else 2 * parameter.nbytes
+
+
+def _widths(config: ModelConfig) -> tuple[int, int, int, int]:
+    """Return D, F, H d and K d."""
+    return (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim)  # fmt: skip
+
+
+def _layer(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Return the bytes a token a layer keeps: both residuals, q, k, v, o_proj's input, gate, up, two norms' numbers.
+
+    Torch's own attention, in other dtypes than bf16, also keeps its output, laid out otherwise, and a number a head.
+    """
+    D, F, queries, keys = _widths(config)
+    own = 0 if dtype == torch.bfloat16 else queries * dtype.itemsize + 4 * config.num_heads
+    return 2 * (D + queries + keys + F) * dtype.itemsize + 2 * 4 + own
+
+
+def _adapters(adapters: dict[str, LoRA], dtype: torch.dtype) -> int:
+    """Return the bytes a token adapters keep: R numbers of each, and dropout's mask of each input they read."""
+    inputs = {(path.rsplit(".", 1)[0], path.endswith(("o_proj", "down_proj"))): lora for path, lora in adapters.items()}
+    masks = sum(lora.A.shape[1] for lora in inputs.values() if lora.dropout)
+    return (sum(len(lora.A) for lora in adapters.values()) + masks) * dtype.itemsize
+
+
+def _outside(config: ModelConfig, dtype: torch.dtype, full: bool) -> int:
+    """Return the bytes a token kept by rope, the final norm and the loss, by that of a trained head its inputs too."""
+    numbers = 4 * config.head_dim + 4 + 1 + (16 if full else 0)  # cos and sin, the norm's, is it a target; two ids
+    return (3 if full else 2) * config.hidden_size * dtype.itemsize + numbers
+
+
+def _decode_room(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Return the bytes of the largest weights that are decoded together: gate and up, or q, k and v."""
+    D, F, queries, keys = _widths(config)
+    return D * max(2 * F, queries + 2 * keys) * dtype.itemsize
+
+
+def _logits(config: ModelConfig, dtype: torch.dtype, tokens: int, full: bool) -> int:
+    """Return the bytes of the logits that the loss makes at a time, and of a trained head's sums over spans of rows."""
+    rows, narrow = min(SPAN // dtype.itemsize if full else CHUNK, tokens), dtype.itemsize < 4
+    wide = 4 * min(CHUNK, tokens) if narrow else 0
+    # Adding a 16-bit product (2) to the fp32 sum (4) widens it (4), while the first, 16-bit sum (counted) still exists.
+    sums = (2 + 4 + 4) * config.hidden_size if full and narrow and rows < tokens else 0
+    return config.vocab_size * (rows * dtype.itemsize + wide + sums)
+
+
+def _layer_room(config: ModelConfig, dtype: torch.dtype, batch_size: int, length: int) -> int:
+    """Return the bytes that the last layer's gated unit or attention makes going back, less what is gone by then."""
+    D, F, queries, keys = _widths(config)
+    block = min(BLOCK, length)
+    scores = (4 if block == length else 5) * block * config.num_heads if dtype == torch.bfloat16 else 0
+    numbers = max(3 * F - D, scores + 2 * (queries + keys - F - D))
+    return batch_size * length * numbers * dtype.itemsize
