@@ -54,3 +54,7 @@ $(VENV)/.test: $(VENV)/.train requirements-test.lock
 	@$(PIP) -r requirements-test.lock
 	@if $(RUN) -c 'import sys, torch; sys.exit(sys.platform != "linux" or torch.version.cuda is not None)'; then $(PIP) --no-deps triton==$(TRITON); fi
 	@touch $@
+
+.PHONY: gpu
+gpu:  ## test and measure the kernels on this machine's GPU with the Python at hand; KERNEL=norm takes one
+	$(PYTHON) -m bench.gpu $(if $(KERNEL),--kernel $(KERNEL)) $(if $(OUTPUT),--output $(OUTPUT))

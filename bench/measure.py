@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.cases import NEW, PROMPT, Case
+from bench.cases import NEW, PROMPT, WIDTH, Case
 from bench.floor import generation_seconds, matmul_rate, step_flops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,21 +32,24 @@ class WorkerError(Exception):
 class Worker:
     """A process of `bench.worker`, with as many threads as there are cores; a context manager."""
 
-    def __init__(self, side: str, fields: dict[str, Any], cache: Path, *, extra: bool = False):
-        """Start it; `ready` waits until it has loaded."""
+    def __init__(self, side: str, fields: dict[str, Any], cache: Path, *, extra: bool = False, limit: float = LIMIT):
+        """Start it; `ready` waits until it has loaded. It may take `limit` seconds for an answer."""
+        self.limit = limit
         self.log = cache / "logs" / f"{fields.get('name', 'machine')}-{side}.txt"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         python = str(EXTRA_PYTHON) if extra else sys.executable
         environment = {
             **os.environ, "OMP_NUM_THREADS": str(cores()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
+        folder = _bench_alone(cache) if side == "peer" and fields["peer"] != "lora" else ROOT
+        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *_python_path()])
         if side == "prepare":
             del environment["HF_HUB_OFFLINE"]
         self.began = time.perf_counter()
         with open(self.log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [python, "-m", "bench.worker", side, json.dumps(fields), str(cache.resolve())], cwd=ROOT,
+                [python, "-m", "bench.worker", side, json.dumps(fields), str(cache.resolve())], cwd=folder,
                 env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
 
@@ -75,7 +78,7 @@ class Worker:
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        timer = threading.Timer(LIMIT, self.process.kill)
+        timer = threading.Timer(self.limit, self.process.kill)
         timer.start()
         line = self.process.stdout.readline()
         timer.cancel()
@@ -84,6 +87,26 @@ class Worker:
         self.process.wait()
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8").splitlines() if line.strip()]
         raise WorkerError(f"exit status {self.process.returncode}: {lines[-1] if lines else 'no message'}")
+
+
+def _python_path() -> list[str]:
+    """Return the folders of PYTHONPATH but for the repository's root."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [folder for folder in folders if folder and Path(folder).resolve() != ROOT]
+
+
+def _bench_alone(cache: Path) -> Path:
+    """Return a folder that holds nothing but the package `bench`, for peers to start from.
+
+    In the repository's root they would find `kernels/`, and transformers and bitsandbytes take any module of that name
+    for Hugging Face's.
+    """
+    folder = cache.resolve() / "alone"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "bench").exists():
+        (folder / "bench").unlink(missing_ok=True)
+        (folder / "bench").symlink_to(ROOT / "bench", target_is_directory=True)
+    return folder
 
 
 def cores() -> int:
@@ -187,6 +210,10 @@ def floor_seconds(case: Case, cache: Path, rates: dict[str, float]) -> float | N
         return None
     if case.kind == "generate":
         return generation_seconds(config, PROMPT, NEW, 4 if case.dtype == "float32" else 2, rate, rates["read"])
+    if case.layer:
+        passes = 1 if case.kind == "forward" else 2
+        weight = passes * WIDTH * WIDTH * 4.127 / 8  # bytes of the packed weight, read in each pass
+        return case.calls * max(passes * 2 * case.batch * WIDTH**2 / rate, weight / rates["read"])
     lengths, targets = [case.length] * case.batch, case.batch * (case.length - 1)
     if case.kind == "rows":
         rows = json.loads((cache / "data.json").read_text(encoding="utf-8"))["rows"]
@@ -214,6 +241,8 @@ def summary(case: Case, result: dict[str, Any]) -> dict[str, Any]:
 
 def in_unit(case: Case, side: dict[str, Any], seconds: float) -> float:
     """Turn the seconds of a round into the case's unit."""
+    if case.layer:
+        return 1000 * seconds / side["tokens"]
     return {"rows": 1000 * seconds / (side["tokens"] or 1), "generate": (side["tokens"] or 0) / seconds}.get(
         case.kind, seconds
     )

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from bench.cases import ALPHA, NEW, PROMPT, RANK, ROW_LENGTH, Case
-from bench.worker import read_data, windows
+from bench.cases import ALPHA, NEW, PROMPT, RANK, ROW_LENGTH, WIDTH, Case
+from bench.worker import layer_rounds, layer_weight, read_data, windows
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -21,6 +21,8 @@ def run(case: Case, cache: Path, channel: Any) -> None:
         return generation(case, cache, channel)
     if case.kind == "start":
         return start(case, cache, channel)
+    if case.layer:
+        return linear4bit(case, cache, channel)
     torch.manual_seed(0)
     if case.peer.startswith("trl"):
         return sft_trainer(case, cache, channel)
@@ -29,9 +31,19 @@ def run(case: Case, cache: Path, channel: Any) -> None:
 
 
 def _load(case: Case, cache: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    return AutoModelForCausalLM.from_pretrained(cache / case.dtype, dtype=getattr(torch, case.dtype))
+    dtype, options = getattr(torch, case.dtype), {}
+    if case.shape:
+        from bench import models
+
+        return models.transformers_4bit(case.shape, dtype, case.device)
+    if case.peer == "bitsandbytes":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        options["device_map"] = {"": case.device}
+    return AutoModelForCausalLM.from_pretrained(cache / case.dtype, dtype=dtype, **options)
 
 
 def _lora_config() -> Any:
@@ -47,7 +59,7 @@ def plain_loop(case: Case, cache: Path, channel: Any, model: Any, loss_of: Any) 
     optimizer = torch.optim.AdamW(trained, lr=case.learning_rate, weight_decay=0.0, fused=True)
     for rows in windows(case, cache):
         channel.wait()
-        loss = loss_of(torch.tensor(rows))
+        loss = loss_of(torch.tensor(rows, device=case.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -60,7 +72,7 @@ def transformers_or_peft(case: Case, cache: Path) -> tuple[Any, Any]:
     model = _load(case, cache)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if case.kind == "lora":
+    if case.kind in ("lora", "qlora"):
         from peft import get_peft_model
 
         model = get_peft_model(model, _lora_config())
@@ -139,6 +151,18 @@ def generation(case: Case, cache: Path, channel: Any) -> None:
         with torch.inference_mode():
             ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, PROMPT:].tolist()
         channel.report(tokens=len(ids), ids=ids)
+
+
+def linear4bit(case: Case, cache: Path, channel: Any) -> None:
+    """Time bitsandbytes' quantised layer; in eval mode it may lay its weight out anew for the processor."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(
+        WIDTH, WIDTH, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4"
+    )
+    layer.load_state_dict({"weight": layer_weight()})
+    layer.to(case.device).train(case.peer.endswith("train"))
+    layer_rounds(case, channel, layer)
 
 
 def start(case: Case, cache: Path, channel: Any) -> None:

@@ -7,8 +7,10 @@ Our side runs the project's own loop (`training.loop.fit`) from end to end; the 
 batches, which waits for its turn. A hand-made step was rejected: it would measure something that nobody runs.
 """
 
+import dataclasses
 import json
 import os
+import random
 import resource
 import sys
 import time
@@ -17,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.cases import ALPHA, NEW, PROMPT, RANK, ROW_LENGTH, ROW_POOL, Case
+from bench.cases import ALPHA, NEW, PROMPT, RANK, ROW_LENGTH, ROW_POOL, SHAPES, WIDTH, Case
 
 
 class Channel:
@@ -41,10 +43,22 @@ class Channel:
 
     def report(self, **values: Any) -> None:
         """Answer with the seconds since `wait` and further values."""
+        cuda = _cuda()
+        if cuda:
+            cuda.synchronize()
         self._send(seconds=time.perf_counter() - self.began, **values)
 
     def _send(self, **values: Any) -> None:
+        cuda = _cuda()
+        if cuda:
+            values |= {"device_mb": cuda.max_memory_allocated() / 2**20}
         print(json.dumps({**values, "peak_mb": peak_memory_mb()}), file=self.answers)
+
+
+def _cuda() -> Any:
+    """Return torch.cuda where this process uses it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def peak_memory_mb() -> float:
@@ -62,8 +76,9 @@ def _threads() -> int:
 
 def _versions() -> dict[str, str]:
     """Return the versions of what was imported."""
-    names = ("torch", "transformers", "peft", "trl", "litgpt", "torchtune", "minitune")
-    return {name: metadata.version(name) for name in names if name in sys.modules}
+    names = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "litgpt", "torchtune")
+    versions = {name: metadata.version(name) for name in names if name in sys.modules}
+    return versions | ({"minitune": sys.modules["minitune"].__version__} if "minitune" in sys.modules else {})
 
 
 def read_data(cache: Path) -> dict[str, Any]:
@@ -73,7 +88,12 @@ def read_data(cache: Path) -> dict[str, Any]:
 
 def windows(case: Case, cache: Path) -> Iterator[list[list[int]]]:
     """Yield batches of B rows of T token ids, the same on both sides, without end."""
-    text, size = read_data(cache)["text"], case.batch * case.length
+    size = case.batch * case.length
+    if case.shape:
+        draw = random.Random(0)
+        text = [draw.randrange(SHAPES[case.shape]["vocab_size"]) for _ in range(4 * size)]
+    else:
+        text = read_data(cache)["text"]
     while True:
         for start in range(0, len(text) - size + 1, size):
             yield [text[start + i * case.length : start + (i + 1) * case.length] for i in range(case.batch)]
@@ -83,9 +103,9 @@ def prepare(model: str, cache: Path) -> None:
     """Write what both sides read: the model as Hugging Face folders in two dtypes, and token ids."""
     from minitune.checkpoint.huggingface import save_model
     from minitune.checkpoint.load import load_model, load_tokenizer
-    from minitune.checkpoint.sources import fetch
     from minitune.data.examples import build_examples
     from minitune.data.formats import read_records
+    from minitune.sources import fetch
 
     cache.mkdir(parents=True, exist_ok=True)
     missing = [dtype for dtype in ("float32", "bfloat16") if not (cache / dtype / "config.json").is_file()]
@@ -142,6 +162,8 @@ class _Pace:
 
 def our_training(case: Case, cache: Path, channel: Any) -> None:
     """Train with the project's loop; ends with the channel."""
+    import torch
+
     from minitune.checkpoint.load import load_model
     from minitune.training.config import CheckpointConfig, LoRAOptions, OptimizerConfig, ScheduleConfig, TrainConfig
     from minitune.training.loop import Job, fit
@@ -150,15 +172,23 @@ def our_training(case: Case, cache: Path, channel: Any) -> None:
     from minitune.training.run import choose_parameters
     from minitune.training.state import Progress
 
-    method = "full" if case.kind == "full" else "lora"
+    method = case.kind if case.kind in ("full", "qlora") else "lora"
     config = TrainConfig(
         data="-", model=str(cache / case.dtype), method=method, max_steps=10**9, batch_size=case.batch,
         accumulation_steps=1, dtype=case.dtype, gradient_checkpointing=case.checkpointing,
         checkpoint=CheckpointConfig(every_steps=10**9),
-        lora=LoRAOptions(rank=RANK, alpha=ALPHA) if method == "lora" else LoRAOptions(),
+        lora=LoRAOptions() if method == "full" else LoRAOptions(rank=RANK, alpha=ALPHA),
         optimizer=OptimizerConfig(learning_rate=case.learning_rate), schedule=ScheduleConfig("constant", warmup=0.0),
     ).resolved()  # fmt: skip
-    model = load_model(config.model, dtype=config.dtype)
+    if case.shape:
+        from bench import models
+
+        model = models.ours(case.shape, getattr(torch, case.dtype), case.device)
+    else:
+        quantize = "nf4" if method == "qlora" else None
+        model = load_model(
+            config.model, dtype=config.dtype, device=case.device, quantize=quantize, keep_quantized=False
+        )
     model.gradient_checkpointing = config.gradient_checkpointing
     parameters = choose_parameters(model, config)
     pace = _Pace(case, cache, channel)
@@ -167,6 +197,41 @@ def our_training(case: Case, cache: Path, channel: Any) -> None:
         objective=supervised, stream=pace.stream, total_batches=10**9, validation=None, sample=list,
         checkpoints=cache / "never", fingerprint={}, progress=Progress(), journal=pace,
     ))  # fmt: skip
+
+
+def layer_rounds(case: Case, channel: Any, forward: Any) -> None:
+    """Time `calls` calls of a layer, `forward(x)`, or of the gradient of its input; "loss" is the mean square."""
+    import torch
+
+    torch.manual_seed(1)
+    x, dy = torch.randn(case.batch, WIDTH).bfloat16(), torch.randn(case.batch, WIDTH).bfloat16()
+    while True:
+        channel.wait()
+        for _ in range(case.calls):
+            if case.kind == "forward":
+                with torch.no_grad():
+                    result = forward(x)
+            else:
+                x.requires_grad_(True)
+                (result,) = torch.autograd.grad(forward(x), x, dy)
+        channel.report(loss=float(result.double().square().mean()), tokens=case.calls)
+
+
+def layer_weight() -> Any:
+    """Return W (out, in) of the quantised layer, the same on both sides."""
+    import torch
+
+    torch.manual_seed(0)
+    return torch.randn(WIDTH, WIDTH).mul_(WIDTH**-0.5).bfloat16()
+
+
+def our_layer(case: Case, cache: Path, channel: Any) -> None:
+    """Time our quantised linear map."""
+    from minitune.ops.linear import projections
+    from minitune.ops.nf4 import quantize
+
+    weight = quantize(layer_weight(), "nf4", double_quant=True)
+    layer_rounds(case, channel, lambda x: projections(x, [weight], [None], [None])[0])
 
 
 def our_generation(case: Case, cache: Path, channel: Any) -> None:
@@ -209,6 +274,8 @@ def main() -> None:
     if side == "probe":
         return probe(None, cache, channel)
     case = Case(**fields)
+    if side == "peer" and case.peer == "lora":
+        side, case = "ours", dataclasses.replace(case, kind="lora")
     if side == "ours":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch loads, as every command of ours does
     if case.medium:
@@ -219,7 +286,8 @@ def main() -> None:
         from bench import peers
 
         return peers.run(case, cache, channel)
-    {"generate": our_generation, "start": our_start}.get(case.kind, our_training)(case, cache, channel)
+    work = {"generate": our_generation, "start": our_start, "forward": our_layer, "gradient": our_layer}
+    work.get(case.kind, our_training)(case, cache, channel)
 
 
 if __name__ == "__main__":

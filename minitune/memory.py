@@ -215,7 +215,8 @@ def _logits(config: ModelConfig, dtype: torch.dtype, tokens: int, full: bool) ->
 def _layer_room(config: ModelConfig, dtype: torch.dtype, batch_size: int, length: int) -> int:
     """Return the bytes that the last layer's gated unit or attention makes going back, less what is gone by then."""
     D, F, queries, keys = _widths(config)
-    block = min(BLOCK, length)
-    scores = (4 if block == length else 5) * block * config.num_heads if dtype == torch.bfloat16 else 0
-    numbers = max(3 * F - D, scores + 2 * (queries + keys - F - D))
-    return batch_size * length * numbers * dtype.itemsize
+    tokens, block = batch_size * length, min(BLOCK, length)
+    unit, attention = tokens * (3 * F - D), tokens * 2 * (queries + keys - F - D)
+    if dtype == torch.bfloat16:  # four tensors of a block's scores, and one of the block before
+        attention += batch_size * config.num_heads * block * (4 * length + length - block)
+    return max(unit, attention) * dtype.itemsize

@@ -124,7 +124,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort what a file says of itself: the library's order changes from write to write, and the file's bytes with it."""
+    """Sort what a file says of itself: the library has another order, and so other bytes, at every write."""
     with open(path, "r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))

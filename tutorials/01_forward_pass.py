@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 import minitune
-from minitune.checkpoint.sources import fetch
 from minitune.model.cache import KVCache
 from minitune.ops.attention import Visibility, attention
 from minitune.ops.rope import apply_rope, rope_tables
+from minitune.sources import fetch
 
 NAME = "smollm2-135m-instruct"
 fetch(NAME)  # does nothing when the model is here already

@@ -26,10 +26,10 @@ import torch
 
 import minitune
 from minitune.checkpoint.merge import merge
-from minitune.checkpoint.sources import fetch
 from minitune.model.config import LoRAConfig
 from minitune.model.lora import adapter_disabled, add_lora, lora_modules
 from minitune.ops.cross_entropy import linear_cross_entropy
+from minitune.sources import fetch
 
 NAME = "smollm2-135m-instruct"
 fetch(NAME)  # does nothing when the model is here already

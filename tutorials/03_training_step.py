@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 import minitune
-from minitune.checkpoint.sources import fetch
 from minitune.data.batching import collate
 from minitune.data.examples import Example
 from minitune.losses.sft import sft_loss
@@ -28,8 +27,9 @@ from minitune.model.config import LoRAConfig
 from minitune.model.lora import add_lora
 from minitune.model.trainable import trainable_parameters
 from minitune.ops.cross_entropy import linear_cross_entropy
+from minitune.sources import fetch
 from minitune.text.chat import render_chat
-from minitune.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from minitune.training.config import ADAM, OptimizerConfig, ScheduleConfig, TrainConfig
 from minitune.training.loop import Job, fit
 from minitune.training.objectives import supervised
 from minitune.training.optimizer import Optimizer
@@ -306,7 +306,7 @@ it, it is exactly the rate, whatever the size of g. So Adam's first step looks o
 
 # %%
 print("== 7. AdamW")
-b1, b2, tiny = OptimizerConfig.betas[0], OptimizerConfig.betas[1], OptimizerConfig.eps
+(b1, b2), tiny = ADAM["betas"], ADAM["eps"]
 assert (b1, b2, tiny) == (0.9, 0.999, 0.00000001)
 
 

@@ -5,6 +5,7 @@ one runs whatever code it holds.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def save_model(
         raise CheckpointError("the model has an adapter; merge it first, or save the adapter alone (save_adapter)")
     dtype = dtype or model.head_weight.dtype
     config = {**model.config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
-    quantized = {f"{path}.weight": weight for path, weight in quantized_weights(model).items()}
+    quantized = {f"{path}.weight": replace(weight, dtype=dtype) for path, weight in quantized_weights(model).items()}
     if quantized:
         config["quantization_config"] = settings_of(quantized.values(), dtype)
     parameters = model.state_dict()

@@ -8,6 +8,7 @@ import signal
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -347,6 +348,20 @@ def test_a_swapped_nibble_would_be_seen(bases, monkeypatch, tmp_path):
     assert not same_weights(ours, theirs) and apart(ours, theirs) > 1e-2
 
 
+@pytest.mark.parametrize("how", ["cast before", "cast while saving"])
+def test_the_dtype_of_the_files_is_that_of_every_weight_in_them(bases, tmp_path, how):
+    """Otherwise a 4-bit weight would be decoded to the dtype that the model was loaded in once."""
+    model = load_model(bases[True], quantize="nf4", dtype="bfloat16")
+    if how == "cast before":
+        model.float()
+    save_model(model, None, tmp_path / "saved", dtype=None if how == "cast before" else torch.float32)
+    again = load_model(tmp_path / "saved")
+    assert again.head_weight.dtype == torch.float32
+    assert {weight.dtype for weight in quantized_weights(again).values()} == {torch.float32}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).train()
+    assert same_weights(again, theirs) and apart(model.float(), theirs) < 1e-5
+
+
 def test_shards(bases, weights, tmp_path):
     model = load_model(bases[False], quantize="nf4")
     save_model(model, None, tmp_path / "sharded", max_shard_bytes=40_000)
@@ -505,6 +520,21 @@ def test_an_adapter_says_how_its_base_was_quantised(base, tmp_path, option):
     again = load_model(base, adapter=tmp_path / "adapter", quantize="auto")
     assert same(again, model)
     assert quantized_weights(load_model(base, adapter=tmp_path / "adapter")) == {}, "only when it is asked for"
+
+
+def test_the_bytes_of_an_adapter_are_the_same_at_every_write(base, tmp_path):
+    """Where a file has two entries of metadata, the safetensors library orders them differently each time."""
+    model = load_model(base, quantize="nf4")
+    add_lora(model, LoRAConfig(rank=2))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    contents = set()
+    for _ in range(12):
+        save_adapter(model, file.parent)
+        contents.add(file.read_bytes())
+    assert len(contents) == 1
+    with safe_open(file, "pt") as opened:
+        assert set(opened.metadata()) == {"format", "minitune.base_quantization"}
+    assert same(load_model(base, adapter=file.parent, quantize="nf4"), model)
 
 
 @pytest.mark.parametrize("record", ["{", "[1]", '{"kind": "nf9"}', '{"width": 3}'])

@@ -1,0 +1,294 @@
+"""The ledger against what is held: by objects, by autograd for the backward pass, by the allocator, by the process."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+import minitune.model.transformer as transformer
+from minitune.errors import ConfigError
+from minitune.losses.sft import sft_loss
+from minitune.memory import SMALL, Ledger, ledger
+from minitune.model.config import LoRAConfig, ModelConfig, QuantizationConfig
+from minitune.model.lora import add_lora, linear_modules, lora_modules, quantized_weights
+from minitune.model.trainable import train_all, trainable_parameters
+from minitune.model.transformer import Transformer
+from minitune.ops.nf4 import quantize
+from minitune.training import optimizer as training_optimizer
+from minitune.training.config import OptimizerConfig
+from minitune.training.optimizer import Optimizer
+
+BF16, FP32 = torch.bfloat16, torch.float32
+TINY = ModelConfig(
+    vocab_size=515, hidden_size=72, intermediate_size=166, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=14,
+    tie_embeddings=True,
+)  # fmt: skip
+APART = dataclasses.replace(TINY, tie_embeddings=False, attention_bias=True, mlp_bias=True)
+WIDE = dataclasses.replace(TINY, vocab_size=6000, hidden_size=128, intermediate_size=320, head_dim=22)
+NF4, INT8 = QuantizationConfig(), QuantizationConfig("int8")
+BATCH, LENGTH = 3, 70
+
+
+def build(config, method, dtype, *, lora=None, quantization=None):
+    """Return a model and what trains, as a run makes them."""
+    model = Transformer(config, dtype=dtype).train()
+    if method == "qlora":
+        for layer in linear_modules(model).values():
+            layer.replace_weight(quantize(layer.weight.data, **(quantization or NF4).arguments()))
+    return model, trained(model, method, lora)
+
+
+def trained(model, method, lora=None):
+    """Make trainable what the method trains, and return it."""
+    if method == "full":
+        return train_all(model)
+    add_lora(model, lora or LoRAConfig())
+    return trainable_parameters(model)
+
+
+def forward(model, batch_size=BATCH, length=LENGTH):
+    """Return the summed loss of random ids, each of them a target, and their number."""
+    ids = torch.randint(0, model.config.vocab_size, (batch_size, length))
+    return sft_loss(model.hidden(ids), model.head_weight, ids)
+
+
+def total(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("config", [TINY, APART], ids=["tied", "apart"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "sgd"])
+@pytest.mark.parametrize(
+    "method,quantization",
+    [("full", None), ("lora", None), ("qlora", NF4), ("qlora", QuantizationConfig("fp4", 128, False)), ("qlora", INT8)],
+    ids=["full", "lora", "nf4", "fp4 in blocks of 128", "int8"],
+)
+def test_what_is_held_is_what_objects_hold(config, dtype, kind, method, quantization):
+    lora = LoRAConfig(rank=5, target_modules=("q_proj", "o_proj", "1.mlp.up_proj"))
+    model, parameters = build(config, method, dtype, lora=lora, quantization=quantization)
+    moments = Optimizer(parameters, OptimizerConfig(kind=kind)).moments
+    forward(model)[0].backward()
+    counted = ledger(config, method, 3, 70, dtype=dtype, lora=lora, quantization=quantization, optimizer=kind)
+    packed, adapters = quantized_weights(model).values(), lora_modules(model).values()
+    assert counted.weights == total(p for name, p in model.named_parameters() if ".lora." not in name)
+    assert counted.codes == total(weight.packed for weight in packed)
+    assert counted.scales == sum(weight.nbytes for weight in packed) - counted.codes
+    assert counted.adapters == sum(total(adapter.parameters()) for adapter in adapters)
+    assert counted.optimizer == sum(total(tensors.values()) for tensors in moments.values())
+    assert counted.gradients == total(parameter.grad for parameter in parameters.values())
+
+
+def test_the_decode_room_is_what_decoded_weights_take(monkeypatch):
+    rooms = {}
+    monkeypatch.setattr("minitune.ops.linear._rooms", rooms)
+    forward(build(TINY, "qlora", BF16)[0])[0].backward()
+    assert total(rooms.values()) == ledger(TINY, "qlora", 3, 70).decode_room
+
+
+def test_fused_backward_holds_one_gradient():
+    model, parameters = build(APART, "full", FP32)
+    largest = 0
+
+    def drop(parameter):
+        nonlocal largest
+        largest, parameter.grad = max(largest, parameter.grad.nbytes), None
+
+    for parameter in parameters.values():
+        parameter.register_post_accumulate_grad_hook(drop)
+    forward(model)[0].backward()
+    assert ledger(APART, "full", 3, 70, dtype=FP32, fused_backward=True).gradients == largest
+
+
+def test_gradients_of_earlier_micro_batches_stay():
+    once, thrice = (ledger(TINY, "lora", 3, 70, accumulation_steps=steps) for steps in (1, 3))
+    assert once.early_gradients == 0
+    assert thrice.total - once.total == thrice.early_gradients == thrice.gradients
+
+
+def test_small_tensors_are_those_of_the_optimiser():
+    assert SMALL == training_optimizer.SMALL
+
+
+def saved(model, batch_size=BATCH, length=LENGTH) -> int:
+    """Return the bytes of all storages that a forward pass saves for the backward pass, weights left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}  # keeps them alive, so that no address is used twice
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = forward(model, batch_size, length)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def agree(config, method, dtype, checkpointing=False, **options) -> bool:
+    """Tell whether the activations are within 1% of what autograd saves."""
+    model, _ = build(config, method, dtype, **options)
+    model.gradient_checkpointing = checkpointing
+    counted = ledger(config, method, BATCH, LENGTH, dtype=dtype, gradient_checkpointing=checkpointing, **options)
+    rope = BATCH * LENGTH * config.head_dim * 4 if checkpointing else 0  # an argument of the layers, not saved by them
+    missing = -BATCH * LENGTH % 32 * config.hidden_size * dtype.itemsize  # rows that the loss is padded with
+    missing *= 2 if method == "full" else 1
+    expected = counted.activations + counted.early_gradients - rope + missing  # the loss saves the head's gradient
+    return abs(saved(model) / expected - 1) < 0.01
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpoints"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("config", [TINY, APART], ids=["tied", "apart"])
+def test_activations_are_what_autograd_saves(config, method, dtype, checkpointing):
+    assert agree(config, method, dtype, checkpointing)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoRAConfig(dropout=0.1),
+        LoRAConfig(dropout=0.1, target_modules=("k_proj", "v_proj", "down_proj")),
+        LoRAConfig(rank=40, target_modules=("2.self_attn.q_proj", "1.self_attn.q_proj")),
+    ],
+    ids=["dropout", "dropout in some", "last layers"],
+)
+def test_activations_follow_the_adapters(lora):
+    assert agree(TINY, "lora", BF16, lora=lora)
+
+
+def test_an_input_kept_in_vain_is_noticed(monkeypatch):
+    class Kept:
+        of = staticmethod(lambda function, *inputs: function(*inputs))
+
+    monkeypatch.setattr(transformer, "Remade", Kept)
+    assert not agree(TINY, "lora", BF16)
+
+
+def test_activations_of_a_real_model(smollm2_path):
+    import minitune
+
+    model = minitune.load_model(smollm2_path, dtype=BF16).train()
+    add_lora(model, LoRAConfig())
+    counted = ledger(model.config, "lora", 2, 128).activations
+    assert abs(saved(model, 2, 128) / counted - 1) < 0.002
+
+
+def allocated(model, parameters, batch_size, length, folder) -> int:
+    """Return by how many bytes of tensors a step grows at most, after one that came before."""
+    optimizer = Optimizer(parameters, OptimizerConfig(max_grad_norm=None))
+
+    def step():
+        loss, count = forward(model, batch_size, length)
+        loss.backward()
+        optimizer.average(count)
+        optimizer.step(1e-4)
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    now = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        now += event["args"]["Bytes"]
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpoints"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("batch_size,length", [(4, 256), (6, 256)])
+def test_the_peak_is_what_is_allocated(method, dtype, checkpointing, batch_size, length, tmp_path):
+    model, parameters = build(WIDE, method, dtype)
+    model.gradient_checkpointing = checkpointing
+    counted = ledger(WIDE, method, batch_size, length, dtype=dtype, gradient_checkpointing=checkpointing)
+    measured = allocated(model, parameters, batch_size, length, tmp_path)
+    assert (counted.total - counted.held) / measured == pytest.approx(1, abs=0.06)
+
+
+def two_steps(model, parameters, batch_size: int, length: int) -> None:
+    optimizer = Optimizer(parameters, OptimizerConfig(max_grad_norm=None))
+    for _ in range(2):
+        loss, count = forward(model.train(), batch_size, length)
+        loss.backward()
+        optimizer.average(count)
+        optimizer.step(1e-4)
+
+
+def resident(field: str) -> int:
+    """Return VmRSS or VmHWM, the bytes of this process now or at their peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def growth(method: str, checkpointing: bool, path: str) -> None:
+    """Print by how many bytes this process grows from before loading to the peak of two steps, and what is counted."""
+    import minitune
+
+    torch.set_num_threads(1)
+    model, parameters = build(TINY, method, BF16)
+    model.gradient_checkpointing = checkpointing
+    two_steps(model, parameters, 1, 32)  # loads libraries: torch's checkpointing imports 0.2 GB of its compiler
+    before = resident("VmRSS")
+    model = minitune.load_model(path, dtype=BF16, quantize="nf4" if method == "qlora" else None)
+    model.gradient_checkpointing = checkpointing
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading has one of its own
+    two_steps(model, trained(model, method), 4, 256)
+    counted = ledger(model.config, method, 4, 256, gradient_checkpointing=checkpointing)
+    print(resident("VmHWM") - before, counted.total)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read and reset as Linux has it"
+)
+@pytest.mark.parametrize("method,checkpointing", [("full", False), ("lora", False), ("qlora", False), ("qlora", True)])
+def test_the_process_grows_by_the_total(method, checkpointing, smollm2_path):
+    code = f"from tests.test_memory import growth\ngrowth({method!r}, {checkpointing}, {str(smollm2_path)!r})"
+    # glibc keeps what is freed, in pieces that later tensors do not fit; with a fixed threshold it gives it back.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured, counted = map(int, done.stdout.split())
+    assert measured / counted == pytest.approx(1, abs=0.2), (
+        f"grew by {measured / 1e6:.0f} MB, counted {counted / 1e6:.0f}"
+    )
+
+
+def test_a_larger_run_holds_more():
+    base = ledger(TINY, "lora", 2, 64)
+    assert base.total == base.held + base.early_gradients + base.activations + max(base.loss_room, base.layer_room)
+    assert ledger(TINY, "lora", 2, 65).total > base.total > ledger(TINY, "lora", 1, 64).total
+
+
+def test_the_table_has_every_line():
+    counted = ledger(TINY, "qlora", 2, 64)
+    lines = str(counted).splitlines()
+    names = [field.name.replace("_", " ") for field in dataclasses.fields(Ledger)] + ["held all along", "peak"]
+    assert [line[:16].rstrip() for line in lines] == names
+    assert lines[-1].split()[-2:] == [f"{counted.total / 1e6:,.1f}", "MB"]
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("dora", 1, 8), "no ledger for 'dora'"),
+        (("lora", 0, 8), "at least 1"),
+        (("lora", 1, 8, "adam"), "optimizer.kind"),
+    ],
+)
+def test_nonsense_is_refused(arguments, message):
+    method, batch_size, length, *kind = arguments
+    with pytest.raises(ConfigError, match=message):
+        ledger(TINY, method, batch_size, length, optimizer=kind[0] if kind else "adamw")
