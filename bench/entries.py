@@ -126,6 +126,9 @@ def timed_pass(function: Callable, inputs: Sequence, wanted: Sequence[bool] | No
 
 def compiled_pass(function: Callable, inputs: Callable, wanted: Sequence[bool] | None) -> Callable:
     """Return the call of the compiled function."""
+    import torch._dynamo
+    import torch._functorch.config
+
     torch._functorch.config.donated_buffer = False  # the backward pass is run again and again
     torch._dynamo.reset()
     return timed_pass(torch.compile(function, dynamic=False), inputs(), wanted)

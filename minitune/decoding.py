@@ -98,10 +98,11 @@ def generate_texts(
 
     Raises:
         DataError: a prompt is empty or too long. ConfigError: an option is out of range, or messages are given
-            to a tokenizer without chat template.
+            to a tokenizer without chat template. CheckpointError: the tokenizer has ids that the model lacks.
     """
     if "" in stop:
         raise ConfigError("a stop string is empty; every answer would end before it began")
+    tokenizer.check_fits(model.config.vocab_size)
     streams = [_AnswerStream(tokenizer.stream(), stop) for _ in prompts]
 
     def on_token(row: int, token: int) -> bool:

@@ -261,9 +261,7 @@ def test_the_process_grows_by_the_total(method, checkpointing, smollm2_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     measured, counted = map(int, done.stdout.split())
-    assert measured / counted == pytest.approx(1, abs=0.2), (
-        f"grew by {measured / 1e6:.0f} MB, counted {counted / 1e6:.0f}"
-    )
+    assert -10e6 < measured - counted < 80e6, f"{measured / 1e6:.0f} MB, counted {counted / 1e6:.0f}"  # code and plans
 
 
 def test_a_larger_run_holds_more():

@@ -113,4 +113,4 @@ def kept_folder(path: Path, quantization: QuantizationConfig, dtype: torch.dtype
     facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
     key = [FORM, str(path.resolve()), facts, dataclasses.asdict(quantization), str(dtype)]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    return weights_folder() / "quantized" / f"{path.stem}-{quantization.kind}-{digest}"
+    return weights_folder() / "quantized" / f"{path.name}-{quantization.kind}-{digest}"

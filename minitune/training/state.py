@@ -68,7 +68,8 @@ class Progress:
 def base_fingerprint(model: nn.Module) -> str:
     """Return a sha256 over every weight's name, shape and 64 elements, or bytes, spread over it."""
     digest = hashlib.sha256()
-    quantized = {name: weight.packed for name, weight in quantized_weights(model).items()}
+    stored = quantized_weights(model).items()
+    quantized = {f"{name}.{field}": part for name, weight in stored for field, part in weight.tensors().items()}
     for name, parameter in (*model.named_parameters(), *quantized.items()):
         flat = parameter.detach().flatten()
         chosen = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)]

@@ -198,7 +198,8 @@ def test_the_comparison_sees_a_wrong_base_and_a_wrong_gradient(
 
 
 @pytest.mark.real
-def test_twenty_steps_on_smollm2(smollm2_path, weights, tmp_path, training_mode):
+def test_ten_steps_on_smollm2(smollm2_path, weights, tmp_path, training_mode, monkeypatch):
+    monkeypatch.setattr(test_peft_parity, "STEPS", 10)
     model = load_model(smollm2_path, quantize="nf4", dtype="float32")
     (kept,) = weights.glob("*")
     add_lora(model, LoRAConfig(rank=4, alpha=8.0), seed=3)
