@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -105,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     source = options.text or fetch("wiki-demo")
     text = source.read_text(encoding="utf-8")
     results = {"date": f"{datetime.date.today()}", "model": options.model, "text": source.name, "window": WINDOW,
-               "torch": torch.__version__, "processor": platform.processor(), "rows": {}}  # fmt: skip
+               "torch": torch.__version__, "threads": options.threads, "rows": {}}  # fmt: skip
     stored: dict[str, Any] = {}
     for number, (name, (dtype, quantization)) in enumerate(ROWS.items(), 1):
         row = results["rows"][name] = measure(path, text, dtype, quantization, stored)

@@ -12,7 +12,8 @@ known. Then come
 Each part gets a share of the time that is left and is cut where it ends; what was found until then is kept, and what
 was not measured stands in the result by name. Without a GPU the tests run under Triton's interpreter and the benches on
 references and a small model: that shows that the parts start and end, and measures no kernel and no bar.
-bitsandbytes and Liger-Kernel are compared with where they are installed or lie on PYTHONPATH.
+bitsandbytes and Liger-Kernel are compared with where they are installed or lie on PYTHONPATH; tqdm, which our loop
+needs, comes with transformers.
 
 No part of this measures several GPUs, NVLink, or cards older than the A100.
 """

@@ -6,7 +6,7 @@ Peak memory is what torch's allocator held on the device; the bars are ratios, o
 ours is measured alone and the ratios are "not measured".
 
 Without a GPU the same is done with a random model of SmolLM2's shape, 4 x 256, and peak memory is the process's: it
-shows that the bench works, and says nothing about the bars. Random weights take as long as trained ones.
+shows that the bench works, and says nothing about the bars. Random weights need the same operations as trained ones.
 """
 
 import argparse
