@@ -145,6 +145,15 @@ def agree(config, method, dtype, checkpointing=False, **options) -> bool:
     return abs(saved(model) / expected - 1) < 0.01
 
 
+@pytest.fixture
+def one_thread():
+    """The matmul library takes room for each thread, which the ledger does not count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpoints"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
@@ -209,7 +218,7 @@ def allocated(model, parameters, batch_size, length, folder) -> int:
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("batch_size,length", [(4, 256), (6, 256)])
-def test_the_peak_is_what_is_allocated(method, dtype, checkpointing, batch_size, length, tmp_path):
+def test_the_peak_is_what_is_allocated(one_thread, method, dtype, checkpointing, batch_size, length, tmp_path):
     model, parameters = build(WIDE, method, dtype)
     model.gradient_checkpointing = checkpointing
     counted = ledger(WIDE, method, batch_size, length, dtype=dtype, gradient_checkpointing=checkpointing)

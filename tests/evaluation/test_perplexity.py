@@ -79,5 +79,5 @@ def test_bad_settings_are_named(twins):
     ]:
         with pytest.raises(ConfigError, match=line):
             score_ids(model, IDS, **values)
-    with pytest.raises(DataError, match="the text has 1 tokens"):
+    with pytest.raises(DataError, match="the text has 1 token"):
         score_ids(model, [3], window=16)

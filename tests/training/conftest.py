@@ -76,6 +76,7 @@ def in_child(config, prepare=lambda: None):
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            torch.set_num_threads(torch.get_num_threads())  # a new pool after the fork, or loader threads race for it
             prepare()
             result = train(config)
             code = 128 + result.signal if result.signal else 0
