@@ -13,11 +13,12 @@ import hashlib
 import random
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from minitune.data.examples import Example
-from minitune.errors import ConfigError
+from minitune.data.preferences import Item, Judged, Pair, mismatch
+from minitune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,29 @@ class Batch:
     document_count: int
 
 
+@dataclass(frozen=True)
+class PreferenceBatch(Batch):
+    """A batch of pairs, or of judged examples, whose N documents are numbered in reading order.
+
+    Document 2i is the chosen and 2i + 1 the rejected side of pair i. owners (B, T) int64: the document that each
+    token belongs to, -1 for padding. ends (N, 2) int64: row and column of each document's last token. reference
+    (N,) fp32: summed log-probability of each document's targets under the reference model, in nats. margins
+    (N / 2,) fp32: by how much each chosen side is better. The last two are None unless every item has one.
+    desirable (N,) bool: the judgements; None for pairs.
+
+    mismatched, of judged examples: each prompt with the answer of the example before it (the first with the last
+    one's), from whose log-probabilities the KL to the reference is estimated (Ethayarajh et al. 2024, section
+    4.1). These documents are not cut, so they may be longer than max_length.
+    """
+
+    owners: "torch.Tensor"
+    ends: "torch.Tensor"
+    reference: "torch.Tensor | None" = None
+    margins: "torch.Tensor | None" = None
+    desirable: "torch.Tensor | None" = None
+    mismatched: "PreferenceBatch | None" = None
+
+
 def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
     """Return the tensors of `rows`, each a list of documents laid end to end, padded on the right.
 
@@ -60,6 +84,53 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
     return Batch(torch.tensor(ids), torch.tensor(targets), torch.tensor(positions), count, documents)
 
 
+def collate_preferences(rows: Sequence[Sequence[Pair | Judged]], pad_id: int, *, packing: bool) -> PreferenceBatch:
+    """Return the tensors of rows of pairs or of judged examples.
+
+    With `packing` a row's documents lie end to end, the sides of a pair beside each other; without it every
+    document has a row of its own. Raises DataError for one judged example alone, which has no mismatched answer.
+    """
+    import torch
+
+    items = [item for row in rows for item in row]
+    batch = _collate_documents(layout(rows, packing), pad_id)
+    references = [item.reference for item in items]
+    if None not in references:
+        values = [value for sums in references for value in sums]
+        batch = replace(batch, reference=torch.tensor(values, dtype=torch.float32))
+    if isinstance(items[0], Pair):
+        margins = [pair.margin for pair in items]
+        return batch if None in margins else replace(batch, margins=torch.tensor(margins, dtype=torch.float32))
+    if len(items) < 2:
+        remedy = "give more rows, or a larger batch_size or validation part"
+        raise DataError(f"{items[0].origin}: a batch of one judged example has no other's answer beside it; {remedy}")
+    before = iter([items[-1], *items[:-1]])
+    paired = [[mismatch(item.example, next(before).example) for item in row] for row in rows]
+    desirable = torch.tensor([item.desirable for item in items])
+    return replace(batch, desirable=desirable, mismatched=_collate_documents(layout(paired, packing), pad_id))
+
+
+def layout(rows: Sequence[Sequence[Item]], packing: bool) -> list[list[Example]]:
+    """Return the rows of documents that rows of items become: packed as they are, or one document a row."""
+    laid = [[document for item in row for document in item.documents] for row in rows]
+    return laid if packing else [[document] for row in laid for document in row]
+
+
+def _collate_documents(rows: list[list[Example]], pad_id: int) -> PreferenceBatch:
+    """Return the tensors of rows of documents, with each token's document and each document's end."""
+    import torch
+
+    batch = collate(rows, pad_id)
+    owners, ends = [], []
+    for number, row in enumerate(rows):
+        owned: list[int] = []
+        for document in row:
+            owned += [len(ends)] * len(document.ids)
+            ends.append((number, len(owned) - 1))
+        owners.append(_padded(owned, batch.ids.shape[1], -1))
+    return PreferenceBatch(**vars(batch), owners=torch.tensor(owners), ends=torch.tensor(ends))
+
+
 def shifted_targets(example: Example) -> list[int]:
     """Return what each token of a document has to predict: the next token if it is a target, else -100."""
     following = zip(example.ids[1:], example.targets[1:], strict=True)
@@ -71,12 +142,20 @@ def _padded(values: list[int], width: int, filler: int) -> list[int]:
 
 
 def plan_batches(
-    lengths: Sequence[int], *, batch_size: int, max_length: int, packing: bool, seed: int, epoch: int
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    max_length: int,
+    packing: bool,
+    seed: int,
+    epoch: int,
+    least: int = 1,
 ) -> list[list[list[int]]]:
     """Return one epoch: batches of up to `batch_size` rows of example indices, every example exactly once.
 
     With `packing` a row holds examples of together at most `max_length` tokens, without it one example. Rows of
-    like length share a batch. Raises ConfigError for a length that fits no row.
+    like length share a batch. A last batch of fewer than `least` examples joins the one before it. Raises
+    ConfigError for a length that fits no row.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}: must be at least 1")
@@ -91,6 +170,8 @@ def plan_batches(
     parts = [rows[i : i + window] for i in range(0, len(rows), window)]
     rows = [row for part in parts for row in sorted(part, key=lambda row: sum(lengths[i] for i in row))]
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    if len(batches) > 1 and sum(map(len, batches[-1])) < least:
+        batches[-2:] = [batches[-2] + batches[-1]]
     return [batches[i] for i in shuffled(len(batches), seed, epoch, "batches")]
 
 
@@ -136,7 +217,7 @@ def shuffled(count: int, *key: int | str) -> list[int]:
     return sorted(range(count), key=marks.__getitem__)
 
 
-def mix(sources: Sequence[tuple[Sequence[Example], float | None]], *, seed: int, epoch: int = 0) -> list[Example]:
+def mix(sources: Sequence[tuple[Sequence[Item], float | None]], *, seed: int, epoch: int = 0) -> list[Item]:
     """Return one epoch's examples: as many as there are in all, shared among the sources by weight.
 
     Weights are relative; without any (all None) every example comes once. A source whose share is under its

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minitune.data.batching import Batch, collate, mix, plan_batches
+from minitune.data.batching import Batch, collate, collate_preferences, mix, plan_batches
 from minitune.data.examples import Example, TrainOn, Truncate, build_examples, row_origin
 from minitune.data.formats import FormatName, Record, read_records
+from minitune.data.preferences import Item, Judged
 from minitune.data.splits import question_key, split_by_hash
 from minitune.errors import DataError
 from minitune.files import file_sha256
@@ -43,16 +44,24 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training examples by source with their weights, validation examples, and one entry per file."""
+    """Training items by source with their weights, validation items, and one entry per file.
 
-    training: list[tuple[list[Example], float | None]]
-    validation: list[Example]
+    Items are examples, pairs or judged examples, all of one kind.
+    """
+
+    training: list[tuple[list[Item], float | None]]
+    validation: list[Item]
     files: list[dict[str, Any]]
 
     def leaked(self) -> int:
-        """Return how many validation examples are training examples too."""
-        learned = {example.ids for examples, _ in self.training for example in examples}
-        return sum(example.ids in learned for example in self.validation)
+        """Return how many validation items are training items too."""
+        learned = {_ids(item) for items, _ in self.training for item in items}
+        return sum(_ids(item) in learned for item in self.validation)
+
+
+def _ids(item: Item) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of each document of an item."""
+    return tuple(document.ids for document in item.documents)
 
 
 @dataclass(frozen=True)
@@ -86,17 +95,23 @@ class Stream:
         for rows in self._plan(self.corpus.validation, 0):
             yield self._collate(self.corpus.validation, rows)
 
-    def _epoch(self, epoch: int) -> tuple[list[Example], list[list[list[int]]]]:
-        examples = mix(self.corpus.training, seed=self.seed, epoch=epoch)
-        return examples, self._plan(examples, epoch)
+    def _epoch(self, epoch: int) -> tuple[list[Item], list[list[list[int]]]]:
+        items = mix(self.corpus.training, seed=self.seed, epoch=epoch)
+        return items, self._plan(items, epoch)
 
-    def _plan(self, examples: list[Example], epoch: int) -> list[list[list[int]]]:
-        lengths = [len(example.ids) for example in examples]
-        options = {"batch_size": self.batch_size, "max_length": self.max_length, "packing": self.packing}
-        return plan_batches(lengths, seed=self.seed, epoch=epoch, **options)
+    def _plan(self, items: list[Item], epoch: int) -> list[list[list[int]]]:
+        """Return an epoch's batches; a row has room for as many whole documents as an item has."""
+        lengths = [sum(map(len, _ids(item))) for item in items]
+        room = self.max_length * max((len(item.documents) for item in items), default=1)
+        least = 2 if any(isinstance(item, Judged) for item in items) else 1  # each is mismatched with another
+        options = {"batch_size": self.batch_size, "packing": self.packing, "least": least}
+        return plan_batches(lengths, max_length=room, seed=self.seed, epoch=epoch, **options)
 
-    def _collate(self, examples: list[Example], rows: list[list[int]]) -> Batch:
-        return collate([[examples[i] for i in row] for row in rows], self.pad_id)
+    def _collate(self, items: list[Item], rows: list[list[int]]) -> Batch:
+        chosen = [[items[i] for i in row] for row in rows]
+        if isinstance(chosen[0][0], Example):
+            return collate(chosen, self.pad_id)
+        return collate_preferences(chosen, self.pad_id, packing=self.packing)
 
 
 def load_corpus(

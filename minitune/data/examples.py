@@ -43,6 +43,11 @@ class Example:
     targets: tuple[bool, ...]
     origin: str
 
+    @property
+    def documents(self) -> tuple["Example", ...]:
+        """Return the documents of this item of the data: itself alone (a preference pair has two)."""
+        return (self,)
+
 
 @dataclass
 class Survey:
