@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from minitune.data.examples import Example
-from minitune.data.preferences import Item, Judged, Pair, mismatch
-from minitune.errors import ConfigError, DataError
+from minitune.data.preferences import Item, Judged, Pair
+from minitune.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +53,7 @@ class PreferenceBatch(Batch):
     (N / 2,) fp32: by how much each chosen side is better. The last two are None unless every item has one.
     desirable (N,) bool: the judgements; None for pairs.
 
-    mismatched, of judged examples: each prompt with the answer of the example before it (the first with the last
-    one's), from whose log-probabilities the KL to the reference is estimated (Ethayarajh et al. 2024, section
-    4.1). These documents are not cut, so they may be longer than max_length.
+    mismatched, of judged examples: their prompts with answers to others (`preferences.with_mismatches`).
     """
 
     owners: "torch.Tensor"
@@ -88,26 +86,30 @@ def collate_preferences(rows: Sequence[Sequence[Pair | Judged]], pad_id: int, *,
     """Return the tensors of rows of pairs or of judged examples.
 
     With `packing` a row's documents lie end to end, the sides of a pair beside each other; without it every
-    document has a row of its own. Raises DataError for one judged example alone, which has no mismatched answer.
+    document has a row of its own.
     """
     import torch
 
     items = [item for row in rows for item in row]
-    batch = _collate_documents(layout(rows, packing), pad_id)
+    batch = collate_documents(layout(rows, packing), pad_id)
     references = [item.reference for item in items]
-    if None not in references:
-        values = [value for sums in references for value in sums]
-        batch = replace(batch, reference=torch.tensor(values, dtype=torch.float32))
+    scored = None not in references
+    if scored:
+        batch = replace(batch, reference=_column(references, slice(0, len(items[0].documents))))
     if isinstance(items[0], Pair):
         margins = [pair.margin for pair in items]
         return batch if None in margins else replace(batch, margins=torch.tensor(margins, dtype=torch.float32))
-    if len(items) < 2:
-        remedy = "give more rows, or a larger batch_size or validation part"
-        raise DataError(f"{items[0].origin}: a batch of one judged example has no other's answer beside it; {remedy}")
-    before = iter([items[-1], *items[:-1]])
-    paired = [[mismatch(item.example, next(before).example) for item in row] for row in rows]
-    desirable = torch.tensor([item.desirable for item in items])
-    return replace(batch, desirable=desirable, mismatched=_collate_documents(layout(paired, packing), pad_id))
+    laid = [[item.mismatched for item in row] for row in rows] if packing else [[item.mismatched] for item in items]
+    others = collate_documents(laid, pad_id)
+    others = replace(others, reference=_column(references, slice(1, 2)) if scored else None)
+    return replace(batch, desirable=torch.tensor([item.desirable for item in items]), mismatched=others)
+
+
+def _column(references: list[tuple[float, ...]], part: slice) -> "torch.Tensor":
+    """Return a part of each item's reference sums, one after the other, fp32."""
+    import torch
+
+    return torch.tensor([value for sums in references for value in sums[part]], dtype=torch.float32)
 
 
 def layout(rows: Sequence[Sequence[Item]], packing: bool) -> list[list[Example]]:
@@ -116,8 +118,8 @@ def layout(rows: Sequence[Sequence[Item]], packing: bool) -> list[list[Example]]
     return laid if packing else [[document] for row in laid for document in row]
 
 
-def _collate_documents(rows: list[list[Example]], pad_id: int) -> PreferenceBatch:
-    """Return the tensors of rows of documents, with each token's document and each document's end."""
+def collate_documents(rows: list[list[Example]], pad_id: int) -> PreferenceBatch:
+    """Return the tensors of rows of documents with each token's document and each document's end, as in a batch."""
     import torch
 
     batch = collate(rows, pad_id)
@@ -142,20 +144,12 @@ def _padded(values: list[int], width: int, filler: int) -> list[int]:
 
 
 def plan_batches(
-    lengths: Sequence[int],
-    *,
-    batch_size: int,
-    max_length: int,
-    packing: bool,
-    seed: int,
-    epoch: int,
-    least: int = 1,
+    lengths: Sequence[int], *, batch_size: int, max_length: int, packing: bool, seed: int, epoch: int
 ) -> list[list[list[int]]]:
     """Return one epoch: batches of up to `batch_size` rows of example indices, every example exactly once.
 
     With `packing` a row holds examples of together at most `max_length` tokens, without it one example. Rows of
-    like length share a batch. A last batch of fewer than `least` examples joins the one before it. Raises
-    ConfigError for a length that fits no row.
+    like length share a batch. Raises ConfigError for a length that fits no row.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}: must be at least 1")
@@ -170,8 +164,6 @@ def plan_batches(
     parts = [rows[i : i + window] for i in range(0, len(rows), window)]
     rows = [row for part in parts for row in sorted(part, key=lambda row: sum(lengths[i] for i in row))]
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    if len(batches) > 1 and sum(map(len, batches[-1])) < least:
-        batches[-2:] = [batches[-2] + batches[-1]]
     return [batches[i] for i in shuffled(len(batches), seed, epoch, "batches")]
 
 

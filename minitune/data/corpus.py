@@ -103,8 +103,7 @@ class Stream:
         """Return an epoch's batches; a row has room for as many whole documents as an item has."""
         lengths = [sum(map(len, _ids(item))) for item in items]
         room = self.max_length * max((len(item.documents) for item in items), default=1)
-        least = 2 if any(isinstance(item, Judged) for item in items) else 1  # each is mismatched with another
-        options = {"batch_size": self.batch_size, "packing": self.packing, "least": least}
+        options = {"batch_size": self.batch_size, "packing": self.packing}
         return plan_batches(lengths, max_length=room, seed=self.seed, epoch=epoch, **options)
 
     def _collate(self, items: list[Item], rows: list[list[int]]) -> Batch:

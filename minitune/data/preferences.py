@@ -6,9 +6,11 @@ as supervised training has them, whose targets are the answer's tokens, so every
 examples reads them by their `documents`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from minitune.data.examples import Example
+from minitune.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Pair:
         return self.chosen, self.rejected
 
     @property
+    def scored(self) -> tuple[Example, ...]:
+        """Return the documents that `reference` is of."""
+        return self.documents
+
+    @property
     def origin(self) -> str:
         """Return the row's file:line."""
         return self.chosen.origin
@@ -37,16 +44,26 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judged:
-    """An answer and whether it is desirable; `reference` as in `Pair`, with one sum."""
+    """An answer and whether it is desirable.
+
+    `mismatched` is its prompt with the answer to another one (`with_mismatches`), from which the KL to the reference
+    is estimated; `reference` is as in `Pair`, of the example and of that.
+    """
 
     example: Example
     desirable: bool
+    mismatched: Example | None = None
     reference: tuple[float, ...] | None = None
 
     @property
     def documents(self) -> tuple[Example, ...]:
         """Return the one example."""
         return (self.example,)
+
+    @property
+    def scored(self) -> tuple[Example, ...]:
+        """Return the documents that `reference` is of."""
+        return self.example, self.mismatched
 
     @property
     def origin(self) -> str:
@@ -57,14 +74,21 @@ class Judged:
 Item = Example | Pair | Judged
 
 
-def mismatch(prompted: Example, answering: Example) -> Example:
-    """Return the prompt of one example with the answer, and the targets, of another.
+def with_mismatches(judged: Sequence[Judged]) -> list[Judged]:
+    """Give each its prompt with the answer of the nearest row before it that has another prompt, the first the last's.
 
-    Nothing is cut, so it may have up to the tokens of both. Not a row of the data: see `PreferenceBatch`.
+    Ethayarajh et al. 2024, section 4.1, shift the answers within a batch. Shifted once and for all, they need no batch
+    of two, and their log-probabilities under the reference can be kept. Nothing is cut, so such a document may be
+    longer than max_length. Raises DataError where all rows have the same prompt.
     """
-    start, at = prompted.targets.index(True), answering.targets.index(True)
-    return replace(
-        prompted,
-        ids=prompted.ids[:start] + answering.ids[at:],
-        targets=prompted.targets[:start] + answering.targets[at:],
-    )
+    result = []
+    prompts = [item.example.ids[: item.example.targets.index(True)] for item in judged]
+    for i, item in enumerate(judged):
+        other = next((k for k in range(i - 1, i - len(judged), -1) if prompts[k] != prompts[i]), None)
+        if other is None:
+            raise DataError(f"{item.origin}: all rows have one prompt; kto compares with answers to others, add some")
+        answer, start = judged[other].example, len(prompts[other])
+        targets = (False,) * len(prompts[i]) + answer.targets[start:]
+        document = Example(prompts[i] + answer.ids[start:], targets, item.origin)
+        result.append(replace(item, mismatched=document))
+    return result
