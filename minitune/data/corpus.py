@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitune.data.batching import Batch, collate, collate_preferences, mix, plan_batches
-from minitune.data.examples import Example, TrainOn, Truncate, build_examples, row_origin
-from minitune.data.formats import FormatName, Record, read_records
-from minitune.data.preferences import Item, Judged
+from minitune.data.examples import Example, Survey, TrainOn, Truncate, row_origin, survey_examples
+from minitune.data.formats import FormatName, Kind, read_records
+from minitune.data.pairing import PreferenceSurvey, checked_preferences, preference_counts, survey_preferences
+from minitune.data.preference_formats import FORMATS_OF
+from minitune.data.preferences import Item
 from minitune.data.splits import question_key, split_by_hash
 from minitune.errors import DataError
 from minitune.files import file_sha256
@@ -121,58 +123,60 @@ def load_corpus(
     *,
     held_out: float = 0.0,
     seed: int = 0,
+    kind: Kind = "examples",
 ) -> Corpus:
     """Read, split and encode data files; the share `held_out` of the training rows becomes validation.
 
+    `kind` says what the rows are to be: "examples" for supervised training, preference "pairs", or "judged" ones.
     Raises DataError for a file or row that cannot be used, and when no row is left to train on.
     """
     taught, held, files = [], [], []
     for source in training:
-        learned, kept = _split(_records(source), tokenizer, encoding, held_out, seed)
+        learned, kept, survey = _split(source, tokenizer, encoding, kind, held_out, seed)
         taught.append((learned, source.weight))
         held += kept
-        files.append(_entry(source, "training", learned, kept))
+        files.append(_entry(source, "training", learned, kept, survey))
     for source in validation:
-        kept = _encode(_records(source), tokenizer, encoding)
+        _, kept, survey = _split(source, tokenizer, encoding, kind, 1, seed)
         held += kept
-        files.append(_entry(source, "validation", [], kept))
-    taught = [(examples, weight) for examples, weight in taught if examples]
+        files.append(_entry(source, "validation", [], kept, survey))
+    taught = [(items, weight) for items, weight in taught if items]
     if not taught:
         raise DataError("no row is left to train on; lower validation_fraction or give more rows")
+    if kind != "examples":
+        parts, held = checked_preferences([items for items, _ in taught], held)
+        taught = [(items, weight) for items, (_, weight) in zip(parts, taught, strict=True)]
     return Corpus(taught, held, files)
 
 
-def _records(source: Source) -> list[Record]:
-    return read_records(source.path, source.format, source.columns)
-
-
-def _encode(records: list[Record], tokenizer: Any, encoding: Encoding) -> list[Example]:
-    return build_examples(records, tokenizer, **vars(encoding))
-
-
 def _split(
-    records: list[Record], tokenizer: Any, encoding: Encoding, share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Return (training, validation) examples by their rows' questions, a text file's windows by their place in it.
+    source: Source, tokenizer: Any, encoding: Encoding, kind: Kind, share: float, seed: int
+) -> tuple[list[Item], list[Item], Survey]:
+    """Return (training, validation) items by their rows' questions, a text file's windows by their place in it.
 
     The rows are encoded before they are split: a part whose rows are all left out is empty, not an error.
     """
-    examples = _encode(records, tokenizer, encoding)
-    if not share:
-        return examples, []
+    records = read_records(source.path, source.format, source.columns, FORMATS_OF[kind])
+    survey = (survey_examples if kind == "examples" else survey_preferences)(records, tokenizer, **vars(encoding))
+    if problem := survey.problem():
+        raise DataError(problem)
+    items = survey.examples
+    if share in (0, 1):
+        return (items, [], survey) if share == 0 else ([], items, survey)
     questions = {record.origin: question_key(record) for record in records if not record.document}
     parts = split_by_hash(
-        examples,
+        items,
         {"training": 1 - share, "validation": share},
         seed,
-        lambda example: questions.get(row_origin(example), example.origin),
+        lambda item: questions.get(row_origin(item), item.origin),
     )
-    return parts["training"], parts["validation"]
+    return parts["training"], parts["validation"], survey
 
 
-def _entry(source: Source, role: str, learned: list[Example], held: list[Example]) -> dict[str, Any]:
-    """Describe a file for the run folder."""
-    return {
+def _entry(source: Source, role: str, learned: list[Item], held: list[Item], survey: Survey) -> dict[str, Any]:
+    """Describe a file for the run folder; of preferences also the answers' tokens and what was left out."""
+    documents = [document for item in learned for document in item.documents]
+    entry = {
         "path": source.path,
         "role": role,
         "sha256": file_sha256(source.path),
@@ -181,6 +185,10 @@ def _entry(source: Source, role: str, learned: list[Example], held: list[Example
         "columns": source.columns,
         "training_examples": len(learned),
         "validation_examples": len(held),
-        "training_tokens": sum(len(example.ids) for example in learned),
-        "target_tokens": sum(sum(example.targets) for example in learned),
+        "training_tokens": sum(len(document.ids) for document in documents),
+        "target_tokens": sum(sum(document.targets) for document in documents),
     }
+    if isinstance(survey, PreferenceSurvey):
+        entry |= preference_counts(learned or held)
+        entry |= {name: getattr(survey, name) for name in ("tied", "equal", "shortened", "dropped")}
+    return entry

@@ -16,13 +16,14 @@ peers' silent truncation loses the end-of-turn token, and with it the model's ab
 - "drop" leaves over-long rows out.
 """
 
+import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from minitune.data.formats import Record
-from minitune.data.reading import RowError
+from minitune.data.reading import RowError, first_of
 from minitune.errors import ConfigError, DataError, counted
 
 Truncate = Literal["error", "prompt", "split", "drop"]
@@ -48,6 +49,11 @@ class Example:
         """Return the documents of this item of the data: itself alone (a preference pair has two)."""
         return (self,)
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Return the ids before the first target."""
+        return self.ids[: self.targets.index(True)]
+
 
 @dataclass
 class Survey:
@@ -58,12 +64,31 @@ class Survey:
 
     max_length: int
     truncate: Truncate
-    examples: list[Example] = field(default_factory=list)
+    examples: list[Any] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     over_long: list[tuple[str, int]] = field(default_factory=list)
     errors: list[RowError] = field(default_factory=list)
     shortened: int = 0
     dropped: int = 0
+
+    def __post_init__(self):
+        """Refuse impossible options."""
+        if self.max_length < 2:
+            raise ConfigError(f"max_length {self.max_length}: must be at least 2, a token and the one it predicts")
+        if self.truncate not in _REMEDY:
+            raise ConfigError(f"truncate '{self.truncate}': choose one of {', '.join(_REMEDY)}")
+
+    def collect(self, records: Iterable[Any], encode: Callable[[Any], list[Any]]) -> None:
+        """Add what `encode` makes of each record, or the RowError that it raises."""
+        from tqdm import tqdm
+
+        for record in tqdm(records, desc="tokenise", unit=" rows", disable=None, leave=False, delay=0.5):
+            try:
+                self.examples += encode(record)
+            except RowError as error:
+                self.errors.append(error)
+        if self.truncate == "drop" and self.examples:
+            self.dropped, self.over_long = len(self.over_long), []
 
     @property
     def remedy(self) -> str:
@@ -73,8 +98,7 @@ class Survey:
     def problem(self) -> str | None:
         """Return why these records cannot be trained on, in one line, or None."""
         if self.errors:
-            more = f" ({counted(len(self.errors) - 1, 'more such row')})" if self.errors[1:] else ""
-            return f"{self.errors[0]}{more}"
+            return first_of(self.errors)
         if self.over_long:
             share = ", ".join(f"{p}% {n}" for p, n in percentiles(self.lengths).items())
             long, rows = len(self.over_long), counted(len(self.lengths), "row")
@@ -108,24 +132,15 @@ def survey_examples(
     records: Iterable[Record], tokenizer: Any, *, max_length: int, truncate: Truncate, train_on: TrainOn
 ) -> Survey:
     """Do the work of `build_examples` but collect what is wrong instead of raising."""
-    if max_length < 2:
-        raise ConfigError(f"max_length {max_length}: must be at least 2, a token and the one it predicts")
-    if truncate not in _REMEDY:
-        raise ConfigError(f"truncate '{truncate}': choose one of {', '.join(_REMEDY)}")
-    from tqdm import tqdm
-
     survey = Survey(max_length, truncate)
-    shared = list(range(tokenizer.vocab_size))  # one int object per id: 8 bytes a token instead of 36
-    for record in tqdm(records, desc="tokenise", unit=" rows", disable=None, leave=False, delay=0.5):
-        try:
-            example = encode_record(record, tokenizer, train_on)
-            parts = list(_fitted(record, example, tokenizer, survey, train_on))
-            survey.lengths += [len(part.ids) for part in parts] if record.document else [len(example.ids)]
-            survey.examples += [replace(part, ids=tuple(shared[i] for i in part.ids)) for part in parts]
-        except RowError as error:
-            survey.errors.append(error)
-    if truncate == "drop" and survey.examples:
-        survey.dropped, survey.over_long = len(survey.over_long), []
+
+    def encode(record: Record) -> list[Example]:
+        example = encode_record(record, tokenizer, train_on)
+        parts = list(fitted(record, example, tokenizer, survey, train_on))
+        survey.lengths += [len(part.ids) for part in parts] if record.document else [len(example.ids)]
+        return parts
+
+    survey.collect(records, encode)
     return survey
 
 
@@ -140,7 +155,14 @@ def encode_record(record: Record, tokenizer: Any, train_on: TrainOn = "all") -> 
     targets = [False, *targets[1:]]
     if not any(targets):
         raise RowError(record.origin, "a row without an answer", "nothing in it would be learned; remove it")
-    return Example(tuple(ids), tuple(targets), record.origin)
+    shared = _shared_ids(tokenizer.vocab_size)
+    return Example(tuple(shared[i] for i in ids), tuple(targets), record.origin)
+
+
+@functools.lru_cache(maxsize=1)
+def _shared_ids(vocab_size: int) -> list[int]:
+    """Return one int object per id, for all examples: 8 bytes a token instead of 36."""
+    return list(range(vocab_size))
 
 
 def _encode(record: Record, tokenizer: Any, train_on: TrainOn) -> tuple[list[int], list[bool]]:
@@ -172,7 +194,7 @@ def _encode_chat(record: Record, tokenizer: Any, train_on: TrainOn) -> tuple[lis
     return rendered.ids, [False] * start + rendered.targets[start:]
 
 
-def _fitted(record: Record, example: Example, tokenizer: Any, survey: Survey, train_on: TrainOn) -> Iterator[Example]:
+def fitted(record: Record, example: Example, tokenizer: Any, survey: Survey, train_on: TrainOn) -> Iterator[Example]:
     """Yield the example as it is, or what `truncate` makes of it; note it in `survey` when it does not fit."""
     limit = survey.max_length
     if len(example.ids) <= limit:

@@ -1,4 +1,4 @@
-"""Rows -> records: the five formats that fine-tuning data comes in, each checked and made one shape.
+"""Rows -> records: the formats that data for supervised training comes in, each checked and made one shape.
 
 | format            | required fields         | optional               | becomes                                  |
 |-------------------|-------------------------|------------------------|------------------------------------------|
@@ -13,6 +13,9 @@ role/content or from/value; ShareGPT's names (human, gpt, ...) are understood. T
 fields the file's first row has; none or two is an error, never a guess. Fields that change what a row means
 (preference pairs, tools, images, per-turn weights) are refused; the others that are not read are listed by
 `prepare`. Refusing every extra field was rejected: public data sets carry ids, URLs and scores.
+
+Which formats are looked for is the objective's choice: those above are `FORMATS`; preference pairs and judged
+answers have theirs in `preference_formats`, read by the functions here. `kind_of` tells the three kinds apart.
 """
 
 import functools
@@ -21,10 +24,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from minitune.data.reading import RowError, read_rows
-from minitune.errors import ConfigError, DataError, counted, nearest, type_name
+from minitune.data.reading import RowError, first_of, read_rows
+from minitune.errors import ConfigError, DataError, nearest, type_name
 
-FormatName = Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text"]
+FormatName = Literal[
+    "auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text", "pairs", "scored", "judged"
+]  # fmt: skip
+Kind = Literal["examples", "pairs", "judged"]
+READERS = {  # what rows of each kind are, and the objective that reads them
+    "examples": ("answers to learn", "sft"),
+    "pairs": ("preference pairs", "dpo (or another of pairs)"),
+    "judged": ("judged answers", "kto"),
+}
 
 # Taori et al. 2023, tatsu-lab/stanford_alpaca, train.py PROMPT_DICT.
 ALPACA_SYSTEM = (
@@ -36,7 +47,7 @@ _ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
 }  # fmt: skip
-_PAIRS = "preference pairs are not for supervised training; keep the chosen answer as the assistant's"
+_PAIRS = "learn preference pairs with --objective dpo, or keep the chosen answer as the assistant's"
 _TOOLS = "tool calls are not supported; remove these rows"
 _MEDIA = "only text is trained; remove these rows"
 _REFUSED = {"chosen": _PAIRS, "rejected": _PAIRS, "tools": _TOOLS, "tool_calls": _TOOLS, "functions": _TOOLS,
@@ -63,37 +74,51 @@ class Record:
     document: bool = False
     unread: tuple[str, ...] = ()
 
+    @property
+    def sides(self) -> tuple["Record", ...]:
+        """Return the records of the row: itself alone (a preference pair has two)."""
+        return (self,)
 
-def read_records(path: str | Path, format: FormatName = "auto", columns: dict[str, str] | None = None) -> list[Record]:
+
+def read_records(
+    path: str | Path,
+    format: FormatName = "auto",
+    columns: dict[str, str] | None = None,
+    formats: "dict[str, Format] | None" = None,
+) -> list[Any]:
     """Return the records of a file; `columns` maps a field's name here to its name in the file.
 
+    `formats` are those to look for (default: `FORMATS`, whose records are of class Record).
     Raises DataError with file:line for the first row that cannot be used, and how many more there are.
     """
-    rows = list(scan_records(path, format, columns))
+    rows = list(scan_records(path, format, columns, formats))
     errors = [row for row in rows if isinstance(row, RowError)]
     if errors:
-        more = counted(len(errors) - 1, "more such row")
-        raise DataError(f"{errors[0]}{f' ({more}: python -m minitune.prepare {path})' if errors[1:] else ''}")
+        raise DataError(first_of(errors, f": python -m minitune.prepare {path}"))
     return rows
 
 
 def scan_records(
-    path: str | Path, format: FormatName = "auto", columns: dict[str, str] | None = None
-) -> Iterator[Record | RowError]:
-    """Yield a Record, or the RowError that says why not, for each row of a file; raises as `read_rows` does."""
-    if format != "auto" and format not in FORMATS:
-        raise ConfigError(f"unknown format '{format}'{nearest(format, FORMATS)}; known: {', '.join(FORMATS)}")
+    path: str | Path,
+    format: FormatName = "auto",
+    columns: dict[str, str] | None = None,
+    formats: "dict[str, Format] | None" = None,
+) -> Iterator[Any]:
+    """Yield a record, or the RowError that says why not, for each row of a file; raises as `read_rows` does."""
+    formats = formats or FORMATS
+    if format != "auto" and format not in formats:
+        raise ConfigError(f"unknown format '{format}'{nearest(format, formats)}; known: {', '.join(formats)}")
     is_document = Path(path).suffix.lower() == ".txt"
     rows = 0
     for rows, (origin, fields) in enumerate(read_rows(path), 1):  # noqa: B007
         try:
             if isinstance(fields, RowError):
                 raise fields
-            fields = _renamed(fields, columns or {}, origin)
+            fields = _renamed(fields, columns or {}, origin, formats)
             if format == "auto":
-                format = detect_format(fields, origin)
-            unread = _unread(fields, format, origin)
-            record = FORMATS[format].parse(fields, origin)
+                format = detect_format(fields, origin, formats)
+            unread = _unread(fields, formats[format], origin)
+            record = formats[format].parse(fields, origin)
             yield replace(record, format=format, document=is_document, unread=unread)
         except RowError as error:
             yield error
@@ -101,26 +126,43 @@ def scan_records(
         raise DataError(f"{path}: no rows; give a file with at least one row")
 
 
-def detect_format(fields: dict[str, Any], origin: str) -> str:
+def detect_format(fields: dict[str, Any], origin: str, formats: "dict[str, Format]") -> str:
     """Return the one format whose required fields are there; raises DataError when none or several fit."""
-    fitting = [name for name, known in FORMATS.items() if set(known.required) <= set(fields)]
+    fitting = [name for name, known in formats.items() if set(known.required) <= set(fields)]
     if len(fitting) == 1:
         return fitting[0]
     found = ", ".join(map(repr, fields)) or "none"
     if fitting:
         raise DataError(f"{origin}: the fields {found} fit {' and '.join(fitting)}; choose one with format")
-    required = [field for known in FORMATS.values() for field in known.required]
+    required = [field for known in formats.values() for field in known.required]
     strange = [name for name in fields if name not in required and nearest(name, required)]
-    hints = (f"{nearest(name, required)[:-1]} for '{name}'?" for name in strange)
-    known = "; ".join(f"{name}: {', '.join(f.required)}" for name, f in FORMATS.items())
-    raise DataError(f"{origin}: the fields {found} fit no format{next(hints, '')}; rename or map them ({known})")
+    hints = [f"{nearest(name, required)[:-1]} for '{name}'?" for name in strange]
+    known = "; ".join(f"{name}: {', '.join(f.required)}" for name, f in formats.items())
+    if (kind := kind_of(fields)) and not hints:
+        what, objective = READERS[kind]
+        remedy = f"train with --objective {objective}, or give other rows ({known})"
+        raise DataError(f"{origin}: the fields {found} are those of {what}; {remedy}")
+    raise DataError(f"{origin}: the fields {found} fit no format{''.join(hints[:1])}; rename or map them ({known})")
 
 
-def _renamed(fields: dict[str, Any], columns: dict[str, str], origin: str) -> dict[str, Any]:
+def kind_of(fields: dict[str, Any]) -> Kind | None:
+    """Return what a row is for by its fields alone, or None where no format of any kind fits."""
+    if {"chosen", "rejected"} <= set(fields) or "completions" in fields:
+        return "pairs"
+    fitting = [name for name, known in FORMATS.items() if set(known.required) <= set(fields)]
+    if not fitting:
+        return None
+    marked = str(fields.get("label")).lower() in ("true", "false")
+    return "judged" if marked and fitting != ["text"] else "examples"
+
+
+def _renamed(
+    fields: dict[str, Any], columns: dict[str, str], origin: str, formats: "dict[str, Format]"
+) -> dict[str, Any]:
     """Give the row's fields our names; `columns` is {ours: theirs}."""
     if not columns:
         return fields
-    known = {name for one in FORMATS.values() for name in one.fields}
+    known = {name for one in formats.values() for name in one.fields}
     for ours, theirs in columns.items():
         if ours not in known:
             raise ConfigError(f"columns: unknown field '{ours}'{nearest(ours, known)}")
@@ -130,15 +172,16 @@ def _renamed(fields: dict[str, Any], columns: dict[str, str], origin: str) -> di
     return rest | {ours: fields[theirs] for ours, theirs in columns.items()}
 
 
-def _unread(fields: dict[str, Any], format: str, origin: str) -> tuple[str, ...]:
+def _unread(fields: dict[str, Any], format: "Format", origin: str) -> tuple[str, ...]:
     """Return the fields that `format` does not read; refuse those misspelt or that change what a row means."""
-    absent = tuple(name for name in FORMATS[format].fields if name not in fields)
-    unread = tuple(name for name in fields if name not in FORMATS[format].fields)
+    absent = tuple(name for name in format.fields if name not in fields)
+    unread = tuple(name for name in fields if name not in format.fields)
     for name in unread:
         if fields[name] and name in _REFUSED:
             raise RowError(origin, f"the field '{name}' is not supported", _REFUSED[name])
-        if name == "label" and format != "text" and str(fields[name]).lower() in ("true", "false"):
-            raise RowError(origin, "the field 'label' marks answers as good or bad", "keep the good, without it")
+        if name == "label" and format is not FORMATS["text"] and str(fields[name]).lower() in ("true", "false"):
+            remedy = "train with --objective kto, or keep the good ones without it"
+            raise RowError(origin, "the field 'label' marks answers as good or bad", remedy)
         if hint := _misspelt(name, absent):
             raise RowError(origin, f"unknown field '{name}'{hint}", "rename or remove it")
     return unread
@@ -148,14 +191,14 @@ def _unread(fields: dict[str, Any], format: str, origin: str) -> tuple[str, ...]
 _misspelt = functools.lru_cache(maxsize=256)(nearest)
 
 
-def _filled(text: str, what: str, where: str, origin: str) -> str:
+def filled(text: str, what: str, where: str, origin: str) -> str:
     """Return a text that must not be blank."""
     if not text.strip():
         raise RowError(origin, f"a row without {what}", f"fill in {where} or remove the row")
     return text
 
 
-def _string(fields: dict[str, Any], name: str, origin: str, *, optional: bool = False) -> str:
+def text_field(fields: dict[str, Any], name: str, origin: str, *, optional: bool = False) -> str:
     """Return a text field; it must be a string that UTF-8 can hold, without NUL."""
     value = fields.get(name)
     if value is None and optional:
@@ -174,7 +217,7 @@ def _string(fields: dict[str, Any], name: str, origin: str, *, optional: bool = 
     return value
 
 
-def _turns(value: Any, field: str, origin: str) -> list[dict[str, str]]:
+def read_turns(value: Any, field: str, origin: str) -> list[dict[str, str]]:
     """Return the turns of a chat as role/content messages; `value` is None where the field is missing."""
     if not isinstance(value, list) or not value:
         state = "missing" if value is None else "not a list of turns"
@@ -186,21 +229,21 @@ def _turn(turn: Any, origin: str) -> dict[str, str]:
     """Return one turn as {"role", "content"}; its own marks must agree with what is trained anyway."""
     if not isinstance(turn, dict):
         raise RowError(origin, "a turn that is not an object", 'write {"role": "user", "content": "..."}')
-    name = _string(turn, "from" if "from" in turn else "role", origin)
+    name = text_field(turn, "from" if "from" in turn else "role", origin)
     if name not in _ROLES:
         raise RowError(origin, f"unknown role '{name}'{nearest(name, _ROLES)}", "use system, user or assistant")
-    role, content = _ROLES[name], _string(turn, "value" if "value" in turn else "content", origin)
+    role, content = _ROLES[name], text_field(turn, "value" if "value" in turn else "content", origin)
     for extra, mark in turn.items():
         if mark and extra in _REFUSED:
             raise RowError(origin, f"the field '{extra}' is not supported", _REFUSED[extra])
         if extra in _MARKS and mark is not None and bool(mark) != (role == "assistant"):
             raise RowError(origin, f"'{extra}' {mark} on a turn of the {role}", "answers are trained, nothing else is")
     if role != "system":
-        _filled(content, {"user": "a question", "assistant": "an answer"}[role], "the turn", origin)
+        filled(content, {"user": "a question", "assistant": "an answer"}[role], "the turn", origin)
     return {"role": role, "content": content}
 
 
-def _chat(turns: list[dict[str, str]], system: str, origin: str) -> tuple[dict[str, str], ...]:
+def check_chat(turns: list[dict[str, str]], system: str, origin: str) -> tuple[dict[str, str], ...]:
     """Check the order of a chat: [system], user, assistant, ..., assistant."""
     if system and turns[0]["role"] == "system":
         raise RowError(origin, "a system field beside a system turn", "keep one of them")
@@ -218,25 +261,26 @@ def _chat(turns: list[dict[str, str]], system: str, origin: str) -> tuple[dict[s
 
 
 def _parse_messages(fields: dict[str, Any], origin: str, field: str = "messages") -> Record:
-    system = _string(fields, "system", origin, optional=True)
-    return Record(origin, "", messages=_chat(_turns(fields.get(field), field, origin), system, origin))
+    system = text_field(fields, "system", origin, optional=True)
+    return Record(origin, "", messages=check_chat(read_turns(fields.get(field), field, origin), system, origin))
 
 
 def _parse_sharegpt(fields: dict[str, Any], origin: str) -> Record:
     return _parse_messages(fields, origin, "conversations")
 
 
-def _parse_alpaca(fields: dict[str, Any], origin: str) -> Record:
-    instruction, output = _string(fields, "instruction", origin), _string(fields, "output", origin)
-    given, system = (_string(fields, name, origin, optional=True) for name in ("input", "system"))
-    question = _filled("\n".join(filter(None, (instruction, given))), "a question", "instruction", origin)
-    _filled(output, "an answer", "output", origin)
+def parse_alpaca(fields: dict[str, Any], origin: str) -> Record:
+    """Return the chat and Alpaca's prompt text of an instruction and its output."""
+    instruction, output = text_field(fields, "instruction", origin), text_field(fields, "output", origin)
+    given, system = (text_field(fields, name, origin, optional=True) for name in ("input", "system"))
+    question = filled("\n".join(filter(None, (instruction, given))), "a question", "instruction", origin)
+    filled(output, "an answer", "output", origin)
     history = fields.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RowError(origin, "the field 'history' is not a list of pairs", "write [[question, answer], ...]")
     said = [text for pair in history for text in pair] + [question, output]
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-    messages = _chat(_turns(turns, "history", origin), system, origin)
+    messages = check_chat(read_turns(turns, "history", origin), system, origin)
     opening = system or ALPACA_SYSTEM.format(ALPACA_PAIRED if given else "")
     paired = f"\n\n### Input:\n{given}" if given else ""
     prompt = f"{opening}\n\n### Instruction:\n{instruction}{paired}\n\n### Response:"
@@ -245,27 +289,27 @@ def _parse_alpaca(fields: dict[str, Any], origin: str) -> Record:
 
 def _parse_prompt_completion(fields: dict[str, Any], origin: str) -> Record:
     if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
-        asked, answered = (_turns(fields[name], name, origin) for name in ("prompt", "completion"))
+        asked, answered = (read_turns(fields[name], name, origin) for name in ("prompt", "completion"))
         if answered[0]["role"] != "assistant":
             raise RowError(origin, "a completion that begins with a question", "move that turn to the prompt")
-        return Record(origin, "", messages=_chat(asked + answered, "", origin), context=len(asked))
-    prompt, completion = _string(fields, "prompt", origin), _string(fields, "completion", origin)
-    _filled(prompt, "a question", "prompt", origin)
-    _filled(completion, "an answer", "completion", origin)
+        return Record(origin, "", messages=check_chat(asked + answered, "", origin), context=len(asked))
+    prompt, completion = text_field(fields, "prompt", origin), text_field(fields, "completion", origin)
+    filled(prompt, "a question", "prompt", origin)
+    filled(completion, "an answer", "completion", origin)
     return Record(origin, "", prompt=prompt, completion=completion)
 
 
 def _parse_text(fields: dict[str, Any], origin: str) -> Record:
-    return Record(origin, "", text=_filled(_string(fields, "text", origin), "text", "text", origin))
+    return Record(origin, "", text=filled(text_field(fields, "text", origin), "text", "text", origin))
 
 
 @dataclass(frozen=True)
 class Format:
-    """The fields of one format and the function that makes a Record of a row."""
+    """The fields of one format and the function that makes a record of a row."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    parse: Callable[[dict[str, Any], str], Record]
+    parse: Callable[[dict[str, Any], str], Any]
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -274,7 +318,7 @@ class Format:
 
 
 FORMATS = {
-    "alpaca": Format(("instruction", "output"), ("input", "system", "history"), _parse_alpaca),
+    "alpaca": Format(("instruction", "output"), ("input", "system", "history"), parse_alpaca),
     "messages": Format(("messages",), ("system",), _parse_messages),
     "sharegpt": Format(("conversations",), ("system",), _parse_sharegpt),
     "prompt_completion": Format(("prompt", "completion"), (), _parse_prompt_completion),

@@ -82,13 +82,18 @@ def with_mismatches(judged: Sequence[Judged]) -> list[Judged]:
     longer than max_length. Raises DataError where all rows have the same prompt.
     """
     result = []
-    prompts = [item.example.ids[: item.example.targets.index(True)] for item in judged]
+    prompts = [item.example.prompt for item in judged]
     for i, item in enumerate(judged):
         other = next((k for k in range(i - 1, i - len(judged), -1) if prompts[k] != prompts[i]), None)
         if other is None:
             raise DataError(f"{item.origin}: all rows have one prompt; kto compares with answers to others, add some")
-        answer, start = judged[other].example, len(prompts[other])
-        targets = (False,) * len(prompts[i]) + answer.targets[start:]
-        document = Example(prompts[i] + answer.ids[start:], targets, item.origin)
-        result.append(replace(item, mismatched=document))
+        mismatched = replace(answer_to(prompts[i], judged[other].example), origin=item.origin)
+        result.append(replace(item, mismatched=mismatched))
     return result
+
+
+def answer_to(prompt: tuple[int, ...], example: Example) -> Example:
+    """Return the answer of an example, with its targets, after another prompt."""
+    start = len(example.prompt)
+    targets = (False,) * len(prompt) + example.targets[start:]
+    return replace(example, ids=prompt + example.ids[start:], targets=targets)

@@ -32,6 +32,12 @@ class RowError(DataError):
         self.origin, self.problem, self.remedy = origin, problem, remedy
 
 
+def first_of(errors: list[RowError], hint: str = "") -> str:
+    """Return the line of the first error with the number of the others, and a hint on where to see them."""
+    more = f" ({counted(len(errors) - 1, 'more such row')}{hint})" if errors[1:] else ""
+    return f"{errors[0]}{more}"
+
+
 class _RepeatedField(ValueError):
     """A JSON object gives one field twice; Python would silently keep the last."""
 

@@ -27,6 +27,9 @@ def normalise(text: str) -> str:
 
 def row_parts(record: Record) -> tuple[str, ...]:
     """Return the texts of a row that is trained on; equal rows and no others have equal parts."""
+    if len(record.sides) > 1:
+        return tuple(part for side in record.sides for part in row_parts(side))
+    record = record.sides[0]
     if record.messages is not None:
         return tuple(text for message in record.messages for text in (message["role"], message["content"]))
     return (record.text,) if record.text is not None else (record.prompt, record.completion)
@@ -39,6 +42,7 @@ def row_key(record: Record) -> tuple[str, ...]:
 
 def question_key(record: Record) -> str:
     """Return the normalised question, by which rows are split: first user turn, prompt, or text."""
+    record = record.sides[0]
     if record.messages is not None:
         return normalise(next(m["content"] for m in record.messages if m["role"] == "user"))
     return normalise(row_parts(record)[0])
