@@ -11,6 +11,7 @@ from typing import Any
 from minitune.errors import ConfigError, nearest
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+REWARD_ARCHITECTURES = {"llama": "LlamaForSequenceClassification"}
 
 # config.json field -> our field, for fields that are used as they stand.
 _USED = {
@@ -58,7 +59,8 @@ class ModelConfig:
     Widths are in elements: `hidden_size` D, `intermediate_size` F, `head_dim` d; counts: `num_layers`,
     `num_heads` H, `num_kv_heads` K (H is a multiple of K), `vocab_size` V. `rope_theta` is the base of the
     rotary frequencies, `norm_eps` the epsilon of RMSNorm, `max_positions` the longest trained context in
-    tokens, `initializer_range` the standard deviation of freshly drawn weights.
+    tokens, `initializer_range` the standard deviation of freshly drawn weights. With `reward` the head is one row that
+    maps a text's last hidden state to a number, instead of the vocabulary's.
     """
 
     vocab_size: int
@@ -79,6 +81,7 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
+    reward: bool = False
 
     def __post_init__(self):
         """Refuse shapes that cannot be a model."""
@@ -121,8 +124,11 @@ class ModelConfig:
                 + nearest(str(family), ARCHITECTURES)
             )
         architectures = fields.get("architectures") or [ARCHITECTURES[family]]
-        if architectures != [ARCHITECTURES[family]]:
+        reward = architectures == [REWARD_ARCHITECTURES[family]]
+        if architectures != [ARCHITECTURES[family]] and not reward:
             raise ConfigError(f"{where}: architectures {architectures} is not [{ARCHITECTURES[family]!r}]")
+        if reward and len(fields.get("id2label") or "??") != 1:  # without the field, transformers' default is 2 labels
+            raise ConfigError(f"{where}: a classifier of several labels; a reward model has one (id2label)")
         _check_fields(fields, where)
         missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                      "num_attention_heads") if fields.get(name) is None]  # fmt: skip
@@ -137,7 +143,7 @@ class ModelConfig:
         eos = fields.get("eos_token_id")
         eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
         try:
-            return cls(family=family, rope_theta=_rope_theta(fields, where), eos_ids=eos_ids, **values)
+            return cls(family=family, rope_theta=_rope_theta(fields, where), eos_ids=eos_ids, reward=reward, **values)
         except ConfigError as error:
             raise ConfigError(str(error).replace("model config", where)) from None
 
@@ -145,9 +151,13 @@ class ModelConfig:
         """Return the content of a `config.json` that transformers reads (4.x and 5.x field names)."""
         fields = {theirs: getattr(self, ours) for theirs, ours in _USED.items()}
         eos = self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None
+        head = {"architectures": [ARCHITECTURES[self.family]]}
+        if self.reward:
+            head = {"architectures": [REWARD_ARCHITECTURES[self.family]], "id2label": {"0": "LABEL_0"},
+                    "label2id": {"LABEL_0": 0}}  # fmt: skip
         return {
             "model_type": self.family,
-            "architectures": [ARCHITECTURES[self.family]],
+            **head,
             **fields,
             "eos_token_id": eos,
             "hidden_act": "silu",

@@ -8,9 +8,21 @@ from torch import nn
 from minitune.model.config import LoRAConfig
 from minitune.ops.linear import Adapter, Remade, projections
 from minitune.ops.nf4 import QuantizedTensor
+from minitune.ops.precision import widen
 
 
-class LoRA(nn.Module):
+class Wide(nn.Module):
+    """A module that stays in fp32 when the model it is part of is cast to fewer bits; it moves with it."""
+
+    def _apply(self, fn, recurse=True):
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.dtype.itemsize < tensor.dtype.itemsize else result
+
+        return super()._apply(moved, recurse)
+
+
+class LoRA(Wide):
     """A low-rank update: A (R, in) drawn as PEFT draws it, B (out, R) zero, so that it starts as nothing.
 
     Both are fp32 whatever the base's dtype is; they are cast for the matmul. `enabled = False` switches the
@@ -33,14 +45,19 @@ class LoRA(nn.Module):
             self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
             self.B.zero_()
 
-    def _apply(self, fn, recurse=True):
-        """Move as nn.Module does, but never narrow: casting the model to bf16 leaves its adapters in fp32."""
 
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            return tensor.to(result.device) if result.dtype.itemsize < tensor.dtype.itemsize else result
+class ScoreHead(Wide):
+    """A row of weights (1, D), fp32: what makes a reward of a hidden state."""
 
-        return super()._apply(moved, recurse)
+    def __init__(self, width: int, device: torch.device | str | None):
+        """Allocate."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, width, device=device))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map hidden states (n, D) to rewards (n,), in fp32 or wider."""
+        weight = widen(self.weight)
+        return nn.functional.linear(hidden.to(weight.dtype), weight).squeeze(-1)
 
 
 class QuantizedWeight(nn.Module):

@@ -6,15 +6,17 @@ Modules carry the Hugging Face Llama names, so a checkpoint's tensor names are t
 values in `ModelConfig`; there is no branch on a family's name here.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minitune.errors import DataError
+from minitune.errors import ConfigError, DataError
 from minitune.model.cache import KVCache
 from minitune.model.config import ModelConfig
-from minitune.model.linear import Linear, QuantizedWeight, linear_group, project
+from minitune.model.linear import Linear, QuantizedWeight, ScoreHead, linear_group, project
 from minitune.ops.attention import Visibility, attention, visibility
 from minitune.ops.linear import Remade, stacked
 from minitune.ops.norm import rms_norm
@@ -127,9 +129,10 @@ class Transformer(nn.Module):
         self.model = Decoder(config, dtype, device)
         self.lm_head = (
             None
-            if config.tie_embeddings
+            if config.tie_embeddings or config.reward
             else Linear(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device))
         )
+        self.score = ScoreHead(config.hidden_size, device) if config.reward else None
         self.gradient_checkpointing = False
         if init:
             self.init_weights(seed)
@@ -146,7 +149,9 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """The head (V, D): the embedding table where the head is tied."""
+        """The head (V, D): the embedding table where the head is tied. ConfigError for a reward model, without one."""
+        if self.config.reward:
+            raise ConfigError("this is a reward model, which scores answers and cannot write or rate tokens")
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def _apply(self, fn, recurse=True):
@@ -187,6 +192,25 @@ class Transformer(nn.Module):
             cache.advance(ids.shape[1])
         return self.model.norm(h)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are neither quantised nor an adapter's."""
+        return self.model.embed_tokens.weight.dtype
+
+    def rewards(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map the final hidden states (n, D) of texts' last tokens to rewards (n,), fp32.
+
+        ConfigError for a model without reward head.
+        """
+        if self.score is None:
+            raise ConfigError("this is a language model without a reward head; train one with --objective reward")
+        return self.score(hidden)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map final hidden states (..., D) to logits (..., V)."""
         return F.linear(hidden, self.head_weight)
@@ -218,3 +242,12 @@ def _restack(*layers: Linear) -> None:
         joined = torch.cat(weights)
         for layer, part in zip(layers, joined.split([len(weight) for weight in weights]), strict=True):
             layer.weight.data = part
+
+
+def add_score_head(model: Transformer, seed: int = 0) -> None:
+    """Make a reward model of a language model, in place: its head goes, a scalar one drawn from `seed` comes."""
+    model.config = dataclasses.replace(model.config, reward=True)
+    model.lm_head, model.score = None, ScoreHead(model.config.hidden_size, model.device)
+    drawn = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        model.score.weight.copy_(drawn * model.config.initializer_range)

@@ -58,7 +58,9 @@ class Journal:
         """Record an evaluation and print it with its samples."""
         self._write(line)
         training = "" if line["training_loss"] is None else f", training loss {line['training_loss']:.4f}"
-        self.say(f"step {line['step']}: validation loss {line['validation_loss']:.4f}{training}")
+        right = line.get("validation_accuracy")
+        accuracy = "" if right is None else f", accuracy {right:.1%}, margin {line['validation_margin']:.3f}"
+        self.say(f"step {line['step']}: validation loss {line['validation_loss']:.4f}{training}{accuracy}")
         for sample in line["samples"]:
             self.say(f"  > {_short(sample['prompt'])}\n    {_short(sample['answer'])}")
 

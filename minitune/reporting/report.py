@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minitune.errors import counted
+from minitune.reporting import watch
 from minitune.reporting.journal import read_metrics
 
 
@@ -23,8 +24,9 @@ def write_report(folder: Path, options: dict[str, Any], outcome: dict[str, Any])
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     picture = plot_losses(folder / "loss.png", lines)
     parts = [
-        f"# {options['method']} of {options['model']}\n",
+        f"# {options['objective']}, {options['method']}, of {options['model']}\n",
         _result(outcome, evaluations, [line for line in lines if "loss" in line]),
+        _preferences(evaluations, outcome["best_step"]),
         "![loss](loss.png)\n" if picture else "",
         _data(files),
         _usage(options, outcome),
@@ -43,7 +45,8 @@ def plot_losses(path: Path, lines: list[dict[str, Any]]) -> bool:
     except ImportError:
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per target token)")
+    unit = "pair or answer" if any("chosen_reward" in line for line in lines) else "target token"
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss (nats per {unit})")
     for name, style, label in (("loss", "-", "training"), ("validation_loss", "o-", "validation")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
@@ -82,6 +85,35 @@ def _result(outcome: dict[str, Any], evaluations: list[dict[str, Any]], steps: l
     return text
 
 
+_MEASURES = {
+    "accuracy": "accuracy (chosen has the higher reward)",
+    "prefers_chosen": "chosen has the higher log-probability",
+    "accuracy_chosen_longer": "accuracy where chosen is longer",
+    "accuracy_chosen_shorter": "accuracy where chosen is shorter",
+    "margin": "margin of the rewards",
+    "chosen_reward": "reward of chosen answers",
+    "rejected_reward": "reward of rejected answers",
+    "chosen_log_probability": "log-probability of chosen answers (nats)",
+    "rejected_log_probability": "log-probability of rejected answers (nats)",
+    "kl": "log-ratio to the reference (nats an answer)",
+    "chosen_length": "length of chosen answers (tokens)",
+    "rejected_length": "length of rejected answers (tokens)",
+}
+
+
+def _preferences(evaluations: list[dict[str, Any]], best_step: int | None) -> str:
+    """Compare what preferences are watched by, before training and at the weights that were kept; "" for other runs."""
+    last = next((line for line in evaluations if line["step"] == best_step), None)
+    if last is None or "validation_chosen_length" not in last:
+        return ""
+    text = f"## Preferences\n\n| on the validation rows | before | step {best_step:,} |\n|---|---|---|\n"
+    for name, title in _MEASURES.items():
+        values = [line.get(f"validation_{name}") for line in (evaluations[0], last)]
+        if None not in values:
+            text += f"| {title} | {values[0]:.3f} | {values[1]:.3f} |\n"
+    return text + "".join(f"\n**Warning**: {warning}.\n" for warning in watch.preferences(evaluations[0], last))
+
+
 def _data(files: list[dict[str, Any]]) -> str:
     """List the data files."""
     names = ("file", "sha256", "training examples", "validation examples", "target tokens")
@@ -97,6 +129,8 @@ def _usage(options: dict[str, Any], outcome: dict[str, Any]) -> str:
     """Say how to load the result, here and elsewhere."""
     result = outcome["result"]
     model, folder, quoted = shlex.quote(options["model"]), str(result), shlex.quote(str(result))
+    if options["objective"] == "reward":
+        return _reward_usage(result, model, quoted)
     commands = [f"python -m minitune.generate --model {quoted} --chat"]
     if result.name == "adapter":
         folder = str(result.with_name("merged"))
@@ -109,6 +143,14 @@ def _usage(options: dict[str, Any], outcome: dict[str, Any]) -> str:
     after = "Elsewhere, once that export is written:" if result.name == "adapter" else "Elsewhere:"
     shell, python = "\n".join(commands), f"```python\n{theirs}\n```"
     return f"## Use it\n\nThe weights of {which}:\n\n```\n{shell}\n```\n\n{after}\n\n{python}\n"
+
+
+def _reward_usage(result: Path, model: str, quoted: str) -> str:
+    """Say how to score answers with a reward model."""
+    which = f"--reward {model} --reward_adapter {quoted}" if result.name == "adapter" else f"--reward {quoted}"
+    command = f"python -m minitune.score {which} --data pairs.jsonl"
+    theirs = "transformers.AutoModelForSequenceClassification (an adapter through PEFT, task type SEQ_CLS)"
+    return f"## Use it\n\n```\n{command}\n```\n\nElsewhere: {theirs}.\n"
 
 
 def _samples(evaluations: list[dict[str, Any]], best_step: int | None) -> str:

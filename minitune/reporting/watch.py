@@ -1,26 +1,27 @@
 """What a loop must notice by itself: numbers that are no numbers, divergence, over-fitting.
 
-A model that knows nothing has a loss of ln V; one that was better and is worse than ln V + 1 for several steps
+A model that knows nothing has a loss of ln V a token; one that was better and is worse than ln V + 1 for several steps
 in a row has been thrown out of its basin by the learning rate and does not come back. A single spike can be an
-odd batch, which is why one step is not enough.
+odd batch, which is why one step is not enough. A loss over preferences is judged in the same way, by that of a model
+without a preference.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import nn
 
 PATIENCE = 5
+COLLAPSE = 0.5  # nats a token
 MARGIN = 0.01  # a rise of the validation loss by less than this share is noise
 
 
-def divergence(loss: float, vocab_size: int, high_losses: int, started_low: bool) -> tuple[int, bool]:
-    """Return the updated (high losses in a row, whether the loss was ever below the line).
+def divergence(loss: float, guessing: float, high_losses: int, started_low: bool) -> tuple[int, bool]:
+    """Return the updated (high losses in a row, whether the loss was ever below the line, that of guessing and 1 more).
 
     The run has diverged when the first reaches `PATIENCE`.
     """
-    line = math.log(vocab_size) + 1
+    line = guessing + 1
     if loss <= line:
         return 0, True
     return (high_losses + 1 if started_low else 0), started_low
@@ -40,6 +41,31 @@ def overfitting(evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
     rises = last["validation_loss"] > best["validation_loss"] * (1 + MARGIN)
     stays = best["step"] < before["step"] and before["validation_loss"] > best["validation_loss"]
     return best if rises and stays and last["training_loss"] < best["training_loss"] else None
+
+
+def preferences(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a preference run's evaluation, beside its first one; nothing for other runs.
+
+    Chosen answers that lose more than half a nat a token are unlearned, however well the margin grows (Pal et al.
+    2024, Smaug). An accuracy that is above chance where the better answer is the longer one and below it where it is
+    the shorter one, or the other way round, is what a rule about length alone would have.
+    """
+    warnings = []
+    name, length = "validation_chosen_log_probability", last.get("validation_chosen_length")
+    if name in last and name in first and length and last[name] < first[name] - COLLAPSE * length:
+        before, after = first[name] / length, last[name] / length
+        warnings.append(
+            f"the chosen answers' log-probability has collapsed from {before:.2f} to {after:.2f} nats a token; "
+            "lower optimizer.learning_rate, raise preference.beta or set preference.sft_weight"
+        )
+    sides = [last.get(f"validation_accuracy_chosen_{which}") for which in ("longer", "shorter")]
+    if last["step"] and None not in sides and max(sides) >= 0.6 and min(sides) <= 0.4:
+        kind = "longer" if sides[0] > sides[1] else "shorter"
+        warnings.append(
+            f"the margin is explained by length: accuracy {sides[0]:.0%} where the chosen answer is the longer one "
+            f"and {sides[1]:.0%} where it is the shorter; {kind} answers are being learned"
+        )
+    return warnings
 
 
 def bad_weight(model: nn.Module) -> str | None:

@@ -24,6 +24,23 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 LEARNING_RATES = {"lora": 5e-4, "qlora": 5e-4, "full": 3e-5, "last_layers": 1e-4, "pattern": 1e-4}
 
 
+# What each objective may be told, with its defaults; `losses/preference.py` gives equations and sources.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "dpo": {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0, "length_normalized": False},
+    "robust": {"beta": 0.1, "label_smoothing": 0.1},
+    "ipo": {"beta": 0.1, "length_normalized": False},
+    "hinge": {"beta": 0.1},
+    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+    "orpo": {"beta": 0.1, "sft_weight": 1.0},
+    "simpo": {"beta": 2.0, "gamma": 1.0},
+    "cpo": {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 1.0},
+    "reward": {},
+}
+REFERENCED = ("dpo", "robust", "ipo", "hinge", "kto")  # compare with a reference model
+PREFERENCE_RATE = 0.1  # of the learning rate of supervised training: a preference needs few steps to be overdone
+
+
 def _require(good: bool, name: str, value: Any, wanted: str) -> None:
     """Raise ConfigError naming the field unless `good`."""
     if not good:
@@ -103,13 +120,65 @@ class QuantizationOptions:
 
 
 @dataclass(frozen=True)
+class PreferenceOptions:
+    """Options of the preference objectives; each is None unless the objective has it."""
+
+    beta: float | None = None
+    """How closely to stay by the reference (default 0.1; simpo: 2); for ipo tau, for orpo the odds ratio's weight."""
+    label_smoothing: float | None = None
+    """dpo, robust, cpo: share of pairs taken to be labelled the wrong way round (default 0; robust: 0.1)."""
+    sft_weight: float | None = None
+    """dpo (RPO), orpo, cpo: weight of the chosen answer's loss per token (default 0 for dpo, 1 for the others)."""
+    length_normalized: bool | None = None
+    """dpo, ipo: log-ratios per token instead of sums (default false; dpo then wants a larger beta, such as 5)."""
+    gamma: float | None = None
+    """simpo: the margin to reach (default 1)."""
+    desirable_weight: float | None = None
+    """kto: weight of desirable answers (default 1)."""
+    undesirable_weight: float | None = None
+    """kto: weight of undesirable answers (default 1)."""
+    reference_cache: str | None = None
+    """File of the reference's log-probabilities, made if missing (default: beside the fetched weights)."""
+    precompute: bool | None = None
+    """Score the data with the reference once instead of at each step (default: only where the adapter can't be off)."""
+
+    def resolved(self, objective: str) -> "PreferenceOptions":
+        """Return a copy with the objective's defaults filled in."""
+        return PreferenceOptions(**_filled(self, OBJECTIVES[objective]))
+
+    def __post_init__(self):
+        """Refuse values without meaning."""
+        _positive("preference.", self, "beta", "desirable_weight", "undesirable_weight")
+        smoothing = self.label_smoothing
+        _require(smoothing is None or 0 <= smoothing < 0.5, "preference.label_smoothing", smoothing, "in [0, 0.5)")
+        for name in ("sft_weight", "gamma"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < float("inf"), f"preference.{name}", value, "0 or more")
+
+    def check(self, objective: str, needs_cache: bool) -> None:
+        """Refuse options that the objective, or a reference that is the model without adapter, ignores."""
+        known = OBJECTIVES[objective].keys() | ({"reference_cache", "precompute"} if objective in REFERENCED else set())
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and name not in known:
+                takers = [other for other, options in OBJECTIVES.items() if name in options] or REFERENCED
+                raise ConfigError(f"preference.{name} is set but objective {objective} ignores it; "
+                                  f"it belongs to {', '.join(takers)}")  # fmt: skip
+        if needs_cache:
+            wanted = "true: without a fresh adapter to switch off, the reference is gone after the first step"
+            _require(self.precompute is not False, "preference.precompute", False, wanted)
+        elif self.reference_cache is not None:
+            wanted = "true with reference_cache; a fresh adapter is otherwise switched off instead"
+            _require(self.precompute is True, "preference.precompute", self.precompute, wanted)
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """The update rule and gradient clipping."""
 
     kind: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
     """AdamW (Loshchilov & Hutter 2019), the same with moments in 8 bits (Dettmers et al. 2022), or plain SGD."""
     learning_rate: float | None = None
-    """Peak rate (default: 5e-4 for lora and qlora, 3e-5 for full, 1e-4 for last_layers and pattern)."""
+    """Peak rate (default: 5e-4 for lora and qlora, 3e-5 for full, 1e-4 else; a tenth for preference objectives)."""
     betas: tuple[float, float] | None = None
     """Decay of the running means of the gradient and of its square (default 0.9, 0.999); not for sgd."""
     eps: float | None = None
@@ -213,6 +282,10 @@ class TrainConfig:
     """Several rows side by side in one of max_length, each seeing itself only; false pads instead."""
     train_on: TrainOn = "all"
     """Learn every assistant turn of a conversation, or its last one."""
+    objective: Literal["sft", "dpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo", "cpo", "reward"] = "sft"
+    """What is minimised: the loss of the answers (sft), one over preferences, or a reward model's."""
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
+    """Options of the objectives other than sft."""
     method: Literal["lora", "qlora", "full", "last_layers", "pattern"] = "lora"
     """What is trained; qlora is lora over a base in 4 bits."""
     lora: LoRAOptions = field(default_factory=LoRAOptions)
@@ -271,6 +344,7 @@ class TrainConfig:
                 raise ConfigError(
                     f"{name} is set but method is {self.method}, which ignores it; use --method {instead}"
                 )
+        self._check_objective()
         if self.adapter is not None and self.method not in ADAPTER_METHODS:
             raise ConfigError(f"adapter is set but method is {self.method}; export a merged model and train that")
         own = dataclasses.replace(self.lora, plus_ratio=None)
@@ -303,6 +377,22 @@ class TrainConfig:
         if self.method == "qlora":
             self.quantization.config()
 
+    @property
+    def precomputes(self) -> bool:
+        """Whether the reference's log-probabilities are made before training, since it is gone later or by choice."""
+        gone = self.method not in ADAPTER_METHODS or self.adapter is not None
+        return self.objective in REFERENCED and (gone or bool(self.preference.precompute))
+
+    def _check_objective(self) -> None:
+        """Refuse options that the objective ignores or cannot do with."""
+        gone = self.method not in ADAPTER_METHODS or self.adapter is not None
+        self.preference.check(self.objective, gone and self.objective in REFERENCED)
+        if self.objective != "sft":
+            _require(self.train_on == "all", "train_on", self.train_on, "left out: what follows the prompt is compared")
+            _require(self.truncate != "split", "truncate", "split", "prompt or drop: answers are not split")
+        if self.objective == "robust":
+            _require(self.preference.label_smoothing != 0, "preference.label_smoothing", 0, "above 0; or use dpo")
+
     def resolved(self) -> "TrainConfig":
         """Return a copy with the method's and the schedule's defaults filled in; raises without data."""
         if not sources(self.data):
@@ -311,7 +401,8 @@ class TrainConfig:
         rate, adam = self.optimizer.learning_rate, {} if self.optimizer.kind == "sgd" else ADAM
         if rate is None and self.optimizer.kind == "sgd":
             raise ConfigError("optimizer.learning_rate is missing; sgd needs one of its own, often 0.01 to 1")
-        defaults = {**adam, "learning_rate": LEARNING_RATES[self.method]}
+        usual = LEARNING_RATES[self.method] * (1 if self.objective == "sft" else PREFERENCE_RATE)
+        defaults = {**adam, "learning_rate": usual}
         changes["optimizer"] = OptimizerConfig(**_filled(self.optimizer, defaults))
         kind, defaults = self.schedule.kind, {}
         if kind != "constant":
@@ -323,6 +414,7 @@ class TrainConfig:
             changes["lora"] = self.lora.resolved()
         if self.method == "qlora":
             changes["quantization"] = self.quantization.resolved()
+        changes["preference"] = self.preference.resolved(self.objective)
         if self.method == "last_layers" and self.last_layers is None:
             changes["last_layers"] = 2
         if self.epochs is None and self.max_steps is None:

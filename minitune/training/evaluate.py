@@ -14,26 +14,30 @@ from minitune.data.batching import Batch
 from minitune.data.examples import Example
 from minitune.decoding import generate_ids
 from minitune.model.transformer import Transformer
-from minitune.training.objectives import Objective, to_device
+from minitune.training.objectives import Objective, add_metrics, mean_metrics, to_device
 
 
 @torch.no_grad()
 def validation_loss(
     model: Transformer, batches: Iterable[Batch], objective: Objective, stopped: Callable[[], bool]
-) -> float | None:
-    """Return the mean loss per target token in nats; None when `stopped` said so on the way."""
-    device = model.head_weight.device
-    loss, weight = 0.0, 0
+) -> tuple[float, dict[str, float]] | None:
+    """Return the mean loss, per target token or pair, in nats, and the means of the metrics.
+
+    None when `stopped` said so on the way.
+    """
+    device = model.device
+    loss, weight, sums = 0.0, 0, {}
     model.eval()
     try:
         for batch in batches:
             if stopped():
                 return None
-            loss_sum, count, _ = objective(model, to_device(batch, device))
+            loss_sum, count, metrics = objective(model, to_device(batch, device))
             loss, weight = loss + float(loss_sum), weight + count
+            add_metrics(sums, metrics)
     finally:
         model.train()
-    return loss / weight
+    return loss / weight, mean_metrics(sums)
 
 
 def sample_prompts(examples: list[Example], count: int, room: int) -> list[tuple[list[int], list[int]]]:

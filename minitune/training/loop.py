@@ -1,7 +1,7 @@
 """The only training loop. Read it downward: `fit` goes from window to window, a window is several micro-batches
 and one optimiser step, and between windows there are evaluations and checkpoints.
 
-With sums over all micro-batches m of a window and the target tokens W_m in each, the gradient of a step is
+With sums over all micro-batches m of a window and the target tokens, or pairs, W_m in each, the gradient of a step is
 
     g = (sum_m grad L_m) / (sum_m W_m)
 
@@ -29,7 +29,7 @@ from minitune.reporting import watch
 from minitune.reporting.journal import Journal, peak_memory_mb
 from minitune.training.config import TrainConfig
 from minitune.training.evaluate import validation_loss
-from minitune.training.objectives import Objective, to_device
+from minitune.training.objectives import Objective, add_metrics, mean_metrics, to_device
 from minitune.training.optimizer import Optimizer
 from minitune.training.schedule import rate_factor
 from minitune.training.state import Progress, checkpoints, save_best, save_checkpoint
@@ -40,7 +40,8 @@ class Job:
     """All that a run needs; `fit` changes the model, the optimiser and the progress.
 
     `stream(start)` yields micro-batches from number `start` on; `validation()` yields the validation batches,
-    None where there are none; `sample()` answers the sample prompts.
+    None where there are none; `sample()` answers the sample prompts. `guessing` is the loss of a model that knows
+    nothing; with infinity no loss counts as divergence.
     """
 
     config: TrainConfig
@@ -56,6 +57,7 @@ class Job:
     fingerprint: dict[str, Any]
     progress: Progress
     journal: Journal
+    guessing: float = math.inf
 
     @property
     def total_steps(self) -> int:
@@ -137,7 +139,7 @@ def _between_steps(job: Job, stopped: Callable[[], bool]) -> str | None:
 def _accumulate(job: Job, batch: Batch) -> None:
     """Add the gradient of one micro-batch's summed loss."""
     progress = job.progress
-    batch = to_device(batch, job.model.head_weight.device)
+    batch = to_device(batch, job.model.device)
     loss_sum, weight, metrics = job.objective(job.model, batch)
     value = float(loss_sum.detach())
     if not math.isfinite(value):
@@ -149,8 +151,8 @@ def _accumulate(job: Job, batch: Batch) -> None:
     progress.window_loss += value
     progress.window_weight += weight
     progress.tokens += int((batch.positions > 0).sum()) + batch.document_count  # padding is at position 0
-    for name, metric in metrics.items():
-        progress.window_metrics[name] = progress.window_metrics.get(name, 0.0) + metric
+    progress.target_tokens += batch.target_count
+    add_metrics(progress.window_metrics, metrics)
     progress.micro += 1
     progress.batches += 1
 
@@ -166,10 +168,9 @@ def _update(job: Job) -> dict[str, float]:
     rate = _rate(job)
     job.optimizer.clip(norm)
     job.optimizer.step(rate)
-    metrics = {name: total / weight for name, total in progress.window_metrics.items()}
+    metrics = mean_metrics(progress.window_metrics)
     metrics |= {"loss": progress.window_loss / weight, "learning_rate": rate, "grad_norm": norm}
     progress.step += 1
-    progress.target_tokens += weight
     progress.since_loss += progress.window_loss
     progress.since_weight += weight
     progress.micro, progress.window_loss, progress.window_weight, progress.window_metrics = 0, 0.0, 0, {}
@@ -195,7 +196,7 @@ def _record(job: Job, metrics: dict[str, float]) -> None:
     }
     job.journal.step({"step": progress.step, **metrics, **speed})
     progress.high_losses, progress.started_low = watch.divergence(
-        metrics["loss"], job.model.config.vocab_size, progress.high_losses, progress.started_low
+        metrics["loss"], job.guessing, progress.high_losses, progress.started_low
     )
     if progress.high_losses >= watch.PATIENCE:
         raise TrainingError(
@@ -208,20 +209,24 @@ def _record(job: Job, metrics: dict[str, float]) -> None:
 def _evaluate(job: Job, stopped: Callable[[], bool]) -> bool:
     """Measure the validation loss, answer the samples, keep the best weights; False when stopped meanwhile."""
     progress = job.progress
-    device = job.model.head_weight.device
+    device = job.model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        loss = validation_loss(job.model, job.validation(), job.objective, stopped)
-        if loss is None:
+        measured = validation_loss(job.model, job.validation(), job.objective, stopped)
+        if measured is None:
             return False
+        loss, metrics = measured
         samples = job.sample()
     training = progress.since_loss / progress.since_weight if progress.since_weight else None
     progress.since_loss, progress.since_weight = 0.0, 0
     line = {"step": progress.step, "validation_loss": loss, "training_loss": training}
+    line |= {f"validation_{name}": value for name, value in metrics.items()}
     progress.evaluations.append(line)
     job.journal.evaluation({**line, "samples": samples})
     if progress.step and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step = loss, progress.step
         save_best(job.checkpoints, job.parameters, progress.step)
+    for warning in watch.preferences(progress.evaluations[0], line):
+        job.journal.say(f"step {progress.step}: {warning}")
     parted = watch.overfitting(progress.evaluations)
     if parted:
         job.journal.say(

@@ -1,11 +1,13 @@
 """Objectives: what the loop minimises. Each maps a batch to (summed loss, weight, metrics).
 
 The loop divides the sum of the losses by the sum of the weights over a whole accumulation window, so an
-objective never takes a mean: a mean per micro-batch weights tokens by how few neighbours they had.
+objective never takes a mean: a mean per micro-batch weights tokens by how few neighbours they had. A metric is a sum
+and the number that it is over, for the same reason.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -13,23 +15,45 @@ from minitune.data.batching import Batch
 from minitune.losses.sft import sft_loss
 from minitune.model.transformer import Transformer
 
-Objective = Callable[[Transformer, Batch], tuple[torch.Tensor, int, dict[str, float]]]
+Metrics = dict[str, tuple[float, float]]
+Objective = Callable[[Transformer, Batch], tuple[torch.Tensor, int, Metrics]]
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
-def supervised(model: Transformer, batch: Batch) -> tuple[torch.Tensor, int, dict[str, float]]:
-    """Return the summed cross-entropy of the target tokens in nats, their number, and no further metrics.
+def final_hidden(model: Transformer, batch: Batch) -> torch.Tensor:
+    """Return the final hidden states (B, T, D) of a batch.
 
     Rows of one document need no mask but the causal one: padding lies to their right, where no target looks.
     """
     packed = batch.document_count > len(batch.ids)
-    hidden = model.hidden(batch.ids, positions=batch.positions if packed else None)  # (B, T, D)
-    loss_sum, count = sft_loss(hidden, model.head_weight, batch.targets)
+    return model.hidden(batch.ids, positions=batch.positions if packed else None)
+
+
+def supervised(model: Transformer, batch: Batch) -> tuple[torch.Tensor, int, Metrics]:
+    """Return the summed cross-entropy of the target tokens in nats, their number, and no further metrics."""
+    loss_sum, count = sft_loss(final_hidden(model, batch), model.head_weight, batch.targets)
     return loss_sum, count, {}
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on `device`."""
-    if device.type == "cpu":
-        return batch
-    moved = {name: getattr(batch, name).to(device) for name in ("ids", "targets", "positions")}
+def add_metrics(sums: dict[str, list[float]], metrics: Metrics) -> None:
+    """Add a batch's metrics to sums of the same names, in place."""
+    for name, (total, count) in metrics.items():
+        known = sums.setdefault(name, [0.0, 0])
+        sums[name] = [known[0] + total, known[1] + count]
+
+
+def mean_metrics(sums: dict[str, list[float]]) -> dict[str, float]:
+    """Return the mean of each metric that is over anything."""
+    return {name: total / count for name, (total, count) in sums.items() if count}
+
+
+def to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
+    """Return the batch, and one inside it, with all tensors on `device`."""
+    moved = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            moved[field.name] = value.to(device)
+        elif isinstance(value, Batch):
+            moved[field.name] = to_device(value, device)
     return dataclasses.replace(batch, **moved)

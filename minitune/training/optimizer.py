@@ -25,12 +25,11 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from minitune.ops.adamw8bit import adamw8bit_step, zero_moment
+from minitune.ops.adamw8bit import adamw8bit_step, keeps_8_bits, zero_moment
 from minitune.ops.rounding import POOL, noise_pool, round_stochastically
-from minitune.training.config import OptimizerConfig
+from minitune.training.config import ADAM, OptimizerConfig
 
 SLICE = 1 << 18  # elements of a parameter that are widened at a time
-SMALL = 4096  # elements; 8-bit moments of fewer would save nothing that matters
 
 
 class Optimizer:
@@ -49,30 +48,28 @@ class Optimizer:
     ):  # fmt: skip
         """Allocate the moments: of adamw in each parameter's dtype."""
         self.parameters, self.config, self.plus_ratio = parameters, config, plus_ratio
-        self.betas, self.eps = config.betas or (0.9, 0.999), config.eps or 1e-8
+        self.betas, self.eps = config.betas or ADAM["betas"], config.eps or ADAM["eps"]
         self.moments = {name: self._zero_moments(name, p) for name, p in parameters.items()}
         self.steps = 0
         self.scale = 1.0  # what remains to be multiplied into bf16 gradients
         self.noise: torch.Tensor | None = None
-        self.fused_backward = fused_backward
-        if fused_backward:
-            for name, parameter in parameters.items():
-                parameter.register_post_accumulate_grad_hook(partial(self._step_at_once, name))
+        self.fused_backward, self.hooks = fused_backward, []
 
     def _zero_moments(self, name: str, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        eight = self.config.kind == "adamw8bit"
         if self.config.kind == "sgd":
             return {}
-        if eight and parameter.numel() >= SMALL and "embed" not in name:
-            moments = {"exp_avg": zero_moment(parameter), "exp_avg_sq": zero_moment(parameter)}
-            codes = {field: moment[0] for field, moment in moments.items()}
-            return codes | {f"{field}_absmax": moment[1] for field, moment in moments.items()}
-        dtype = torch.float32 if eight else parameter.dtype
+        if self.config.kind == "adamw8bit" and keeps_8_bits(name, parameter):
+            (first, first_absmax), (second, second_absmax) = zero_moment(parameter), zero_moment(parameter)
+            return {"exp_avg": first, "exp_avg_sq": second,
+                    "exp_avg_absmax": first_absmax, "exp_avg_sq_absmax": second_absmax}  # fmt: skip
+        dtype = torch.float32 if self.config.kind == "adamw8bit" else parameter.dtype
         return {field: torch.zeros_like(parameter, dtype=dtype) for field in ("exp_avg", "exp_avg_sq")}
 
     def begin(self, weight: int, learning_rate: float) -> None:
-        """Before a fused backward pass of a loss summed over `weight`: what each parameter is to be updated with."""
+        """Before a fused backward pass of a loss summed over `weight`: it is to update each parameter, until `step`."""
         self.scale, self.rate, self.norms, self.bad = 1.0 / weight, learning_rate, [], False
+        for name, parameter in self.parameters.items():
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._step_at_once, name)))
 
     @torch.no_grad()
     def _step_at_once(self, name: str, parameter: nn.Parameter) -> None:
@@ -113,6 +110,8 @@ class Optimizer:
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """Update the model with the averaged gradients, then drop these; after a fused backward pass, count only."""
+        while self.hooks:
+            self.hooks.pop().remove()
         together: dict[tuple[float, float], list[str]] = {}
         for name, parameter in self.parameters.items() if not self.fused_backward else ():
             rate_and_decay = self._rate_and_decay(name, learning_rate)

@@ -11,7 +11,9 @@
 What can fail does so before anything is written or deleted: data first, then the model, then the folder.
 """
 
+import contextlib
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +29,9 @@ from minitune.data.corpus import Corpus, Encoding, Stream, load_corpus
 from minitune.device import choose_device, choose_dtype
 from minitune.errors import ConfigError, counted
 from minitune.files import sole_writer
-from minitune.model.lora import add_lora, quantized_weights
+from minitune.model.lora import adapter_disabled, add_lora, quantized_weights
 from minitune.model.trainable import train_all, train_last_layers, train_matching, trainable_parameters
-from minitune.model.transformer import Transformer
+from minitune.model.transformer import Transformer, add_score_head
 from minitune.reporting import watch
 from minitune.reporting.folder import check_folder, environment, write_run_files
 from minitune.reporting.journal import Journal, peak_memory_mb
@@ -38,8 +40,10 @@ from minitune.training import state
 from minitune.training.config import ADAPTER_METHODS, TrainConfig
 from minitune.training.evaluate import answer_samples, sample_prompts
 from minitune.training.loop import Job, StopSignal, fit
-from minitune.training.objectives import supervised
+from minitune.training.objectives import Objective, supervised
 from minitune.training.optimizer import Optimizer
+from minitune.training.preference import preference_objective, undecided_loss
+from minitune.training.reference import with_reference
 
 FEW_STEPS = 10  # a rate that warms up and decays within fewer has hardly moved anything
 
@@ -88,11 +92,15 @@ def train(config: TrainConfig) -> TrainResult:
     base = state.base_fingerprint(model)
     torch.manual_seed(config.seed)
     parameters = choose_parameters(model, config)
+    if config.precomputes:
+        stream = _with_reference(model, stream, config, base)
     ratio = config.lora.plus_ratio or 1.0
     optimizer = Optimizer(parameters, config.optimizer, ratio, fused_backward=config.fused_backward)
     matters = state.fingerprint(config, corpus.files, base, str(dtype))
     room = model.config.max_positions - config.evaluation.sample_tokens
-    prompts = sample_prompts(corpus.validation, config.evaluation.samples, room)
+    asked = [] if config.objective == "reward" else [item.documents[0] for item in corpus.validation]
+    prompts = sample_prompts(asked, config.evaluation.samples, room)
+    objective, guessing = _objective(config, model)
     total = config.max_steps * config.accumulation_steps if config.max_steps else stream.count(config.epochs)
     with sole_writer(folder):
         check_folder(folder, resume=config.resume, overwrite=config.overwrite)  # again: another may have begun there
@@ -105,7 +113,7 @@ def train(config: TrainConfig) -> TrainResult:
                 model=model,
                 parameters=parameters,
                 optimizer=optimizer,
-                objective=supervised,
+                objective=objective,
                 stream=stream.batches,
                 total_batches=total,
                 validation=stream.validation if corpus.validation else None,
@@ -114,6 +122,7 @@ def train(config: TrainConfig) -> TrainResult:
                 fingerprint=matters,
                 progress=progress,
                 journal=journal,
+                guessing=guessing,
             )
             _announce(job, corpus)
             status = fit(job, stop)
@@ -140,25 +149,58 @@ def choose_parameters(model: Transformer, config: TrainConfig) -> dict[str, nn.P
 
     Raises ConfigError where the base is stored in 4 bits, which have no gradient, and the method is not qlora.
     """
+    reward = config.objective == "reward"
+    if model.config.reward and not reward:
+        raise ConfigError(f"{config.model} is a reward model; objective {config.objective} needs a language model")
     if config.method != "qlora" and quantized_weights(model):
         raise ConfigError(f"{config.model} is stored in 4 bits, which method {config.method} cannot train; use qlora")
+    if reward and not model.config.reward and config.adapter is None:
+        add_score_head(model, config.seed)
     if config.method == "full":
         return train_all(model)
     if config.method == "last_layers":
-        return train_last_layers(model, config.last_layers)
-    if config.method == "pattern":
-        return train_matching(model, config.pattern)
-    if config.adapter is None:
+        train_last_layers(model, config.last_layers)
+    elif config.method == "pattern":
+        train_matching(model, config.pattern)
+    elif config.adapter is None:
         add_lora(model, config.lora.adapter(), seed=config.seed)
-        return trainable_parameters(model)
-    load_adapter(model, config.adapter)
-    return train_matching(model, r"\.lora\.")
+    else:
+        load_adapter(model, config.adapter)
+        train_matching(model, r"\.lora\.")
+    if model.config.reward != reward:
+        kind = "a reward model's" if model.config.reward else "a language model's"
+        raise ConfigError(f"{config.adapter} is {kind} adapter, not one for objective {config.objective}; leave it out")
+    if reward:
+        model.score.requires_grad_(True)
+    return trainable_parameters(model)
+
+
+def _objective(config: TrainConfig, model: Transformer) -> tuple[Objective, float]:
+    """Return what is minimised, and the loss of a model that knows nothing."""
+    if config.objective == "sft":
+        return supervised, math.log(model.config.vocab_size)
+    return preference_objective(config.objective, config.preference), undecided_loss(
+        config.objective, config.preference, model.config.vocab_size
+    )
+
+
+def _with_reference(model: Transformer, stream: Stream, config: TrainConfig, base: str) -> Stream:
+    """Return the stream with the reference's log-probabilities, which are the model's as it is, a fresh adapter off."""
+    fresh = config.method in ADAPTER_METHODS and config.adapter is None
+    base = base if config.adapter is None else state.base_fingerprint(model)  # a loaded adapter is a part of it
+    with adapter_disabled(model) if fresh else contextlib.nullcontext():
+        corpus, place = with_reference(
+            model, stream.corpus, base, batch_size=config.batch_size, pad_id=stream.pad_id,
+            path=config.preference.reference_cache,
+        )  # fmt: skip
+    _note(f"reference log-probabilities: {place}")
+    return dataclasses.replace(stream, corpus=corpus)
 
 
 def _check_lengths(corpus: Corpus, positions: int) -> None:
     """Refuse an example with more tokens than the model has positions; packed rows restart at 0 and may be longer."""
-    examples = [*corpus.validation, *(example for part, _ in corpus.training for example in part)]
-    longest = max(examples, key=lambda example: len(example.ids))
+    items = [*corpus.validation, *(item for part, _ in corpus.training for item in part)]
+    longest = max((document for item in items for document in item.scored), key=lambda document: len(document.ids))
     if len(longest.ids) > positions:
         raise ConfigError(
             f"{longest.origin} has {len(longest.ids)} tokens, but the model reads at most {positions}; "

@@ -40,14 +40,17 @@ NEUTRAL = {"data", "validation", "model", "adapter", "output", "evaluation.sampl
 
 @dataclass
 class Progress:
-    """How far a run is. Losses are in nats: sums in the window, means per target token elsewhere."""
+    """How far a run is. Losses are in nats: sums in the window, means per target token or pair elsewhere.
+
+    `window_metrics` holds for each metric its sum and what that is over.
+    """
 
     step: int = 0
     batches: int = 0
     micro: int = 0
     window_loss: float = 0.0
     window_weight: int = 0
-    window_metrics: dict[str, float] = field(default_factory=dict)
+    window_metrics: dict[str, list[float]] = field(default_factory=dict)
     since_loss: float = 0.0
     since_weight: int = 0
     tokens: int = 0

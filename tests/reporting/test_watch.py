@@ -11,7 +11,7 @@ from minitune.reporting import watch
 def strikes(losses, vocab_size=100):
     high, low = 0, False
     for loss in losses:
-        high, low = watch.divergence(loss, vocab_size, high, low)
+        high, low = watch.divergence(loss, math.log(vocab_size), high, low)
     return high
 
 
@@ -52,3 +52,27 @@ def test_gradients_are_searched_from_the_head_down():
     for name in ("first", "middle"):
         parameters[name].grad = torch.tensor([0.0, float("inf")])
     assert watch.bad_gradient(parameters) == "gradient of middle"
+
+
+def evaluation(step, **measured):
+    return {"step": step} | {f"validation_{name}": value for name, value in measured.items()}
+
+
+def test_chosen_answers_that_are_unlearned():
+    first = evaluation(0, chosen_log_probability=-100.0, chosen_length=50.0)
+    assert watch.preferences(first, evaluation(9, chosen_log_probability=-124.0, chosen_length=50.0)) == []
+    (warning,) = watch.preferences(first, evaluation(9, chosen_log_probability=-130.0, chosen_length=50.0))
+    assert "from -2.00 to -2.60 nats a token" in warning
+
+
+@pytest.mark.parametrize("longer, shorter, said", [(0.9, 0.2, "longer"), (0.3, 0.8, "shorter"), (0.9, 0.6, None)])
+def test_a_margin_that_is_length_alone(longer, shorter, said):
+    first = evaluation(0, accuracy_chosen_longer=longer, accuracy_chosen_shorter=shorter)
+    last = {**first, "step": 9}
+    assert watch.preferences(first, first) == [], "before training there is nothing to warn of"
+    warnings = watch.preferences(first, last)
+    assert [f"{said} answers are being learned" in warning for warning in warnings] == ([True] if said else [])
+
+
+def test_other_runs_have_no_such_warnings():
+    assert watch.preferences(evaluation(0), evaluation(5)) == []

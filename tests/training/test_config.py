@@ -38,6 +38,10 @@ BAD = {
     "threads": ["--threads", "0"],
     "validation_fraction": ["--validation_fraction", "1"],
     "device": ["--device", "tpu"],
+    "preference.beta": ["--objective", "dpo", "--preference.beta", "0"],
+    "preference.label_smoothing": ["--objective", "dpo", "--preference.label_smoothing", "0.5"],
+    "preference.gamma": ["--objective", "simpo", "--preference.gamma", "-1"],
+    "preference.desirable_weight": ["--objective", "kto", "--preference.desirable_weight", "0"],
     "data x: weight": ["--data", '[{"path":"x","weight":0}]'],
 }
 IGNORED = {
@@ -55,6 +59,28 @@ IGNORED = {
     "evaluation.every_steps is set but": ["--validation_fraction", "0", "--evaluation.every_steps", "1"],
     "resume and overwrite": ["--resume", "--overwrite"],
     "pattern is None": ["--method", "pattern"],
+    "preference.beta is set but objective sft ignores it": ["--preference.beta", "0.1"],
+    "it belongs to dpo, robust, cpo": ["--objective", "ipo", "--preference.label_smoothing", "0.1"],
+    "preference.gamma is set but objective dpo": ["--objective", "dpo", "--preference.gamma", "1"],
+    "preference.beta is set but objective reward": ["--objective", "reward", "--preference.beta", "1"],
+    "preference.reference_cache is set but objective orpo": [
+        "--objective",
+        "orpo",
+        "--preference.reference_cache",
+        "x",
+    ],
+    "preference.precompute is None; it must be true": ["--objective", "dpo", "--preference.reference_cache", "x"],
+    "preference.precompute is False; it must be true": [
+        "--objective",
+        "dpo",
+        "--method",
+        "full",
+        "--preference.precompute",
+        "false",
+    ],
+    "train_on is last": ["--objective", "dpo", "--train_on", "last"],
+    "truncate is split": ["--objective", "dpo", "--truncate", "split"],
+    "preference.label_smoothing is 0": ["--objective", "robust", "--preference.label_smoothing", "0"],
 }
 
 
