@@ -12,7 +12,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 train: $(VENV)/.train  ## fine-tune SmolLM2 on Rotten Tomatoes with LoRA and compare it with the base model
-	$(RUN) -m minitune.demo
+	$(RUN) -m examples.sentiment
 
 test: $(VENV)/.test  ## run the tests (under 15 minutes on 2 cores)
 	$(RUN) -m pytest

@@ -20,7 +20,7 @@ BAR = 1.5  # points of accuracy that QLoRA may lose, mean over the seeds
 
 def run(method: str, seed: int, folder: Path) -> dict[str, Any]:
     """Return what one run came to: accuracy and the like on the test rows, seconds, steps."""
-    from minitune.demo import DemoConfig, Measured, run_training, split_reviews, training_plan, write_rows
+    from examples.sentiment import DemoConfig, Measured, run_training, split_reviews, training_plan, write_rows
     from minitune.sources import fetch
 
     config = DemoConfig(output=str(folder / f"{method}-{seed}"), method=method, seed=seed)

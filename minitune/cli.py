@@ -9,12 +9,11 @@ line with the nearest right name. Hand-written argparse was rejected: it declare
 import dataclasses
 import re
 import sys
-import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minitune.errors import ConfigError, nearest
+from minitune.errors import ConfigError, closest, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config")
@@ -30,7 +29,7 @@ def parse(
 ) -> Config:
     """Return a `config_class` filled from `argv` (default: the process's own) and any `--config` in it.
 
-    `positional` names the one field given without a flag; a tuple field takes any number of them.
+    `positional` names the tuple field that is given without a flag, any number of times.
     Raises ConfigError for an unknown option, a value of the wrong type, or a recipe that is not there;
     errors that the dataclass raises itself pass through. `--help` prints and exits with 0.
     """
@@ -55,10 +54,8 @@ def parse(
         in_file = files and not typed and (key or re.search("config|Group|is not", str(error)))
         place = f"{files[-1]}: " if in_file else ""
         raise ConfigError(place + _one_line(str(error), option_names(config_class))) from None
-    if positional and isinstance(fields[positional], list):
-        fields[positional] = tuple(fields[positional])
-    if positional and not fields[positional]:
-        fields[positional] = _default(config_class, positional)
+    if positional:
+        fields[positional] = tuple(fields[positional] or ())
     return config_class(**{field.name: fields[field.name] for field in dataclasses.fields(config_class)})
 
 
@@ -98,7 +95,7 @@ def _normalised(arguments: list[str], config_class: type) -> list[str]:
             name, equals, value = argument[2:].partition("=")
             name = name.replace("-", "_")
             word = value if equals else "".join(arguments[i + 1 : i + 2])
-            argument = f"--{name}{'.kind' * (name in kinds and word.isidentifier())}{equals}{value}"
+            argument = f"--{name}{'.kind' * (name in kinds and not word.startswith('{'))}{equals}{value}"
             alone = i + 1 == len(arguments) or arguments[i + 1].lower() not in ("true", "false", "yes", "no")
             if argument[2:] in flags and alone:
                 argument += "=true"
@@ -156,27 +153,14 @@ def _refuse_twice(node: Any, path: str) -> None:
 
 
 def _add_positional(parser: Any, config_class: type, name: str) -> None:
-    """Declare `name` as the argument without a flag; a tuple takes several, a default makes it optional."""
+    """Declare the tuple `name` as what is given without a flag: at least one where the field has no default."""
     import docstring_parser
 
     described = docstring_parser.parse_from_object(config_class).params
     text = next((part.description for part in described if part.arg_name == name), None)
-    required = _default(config_class, name) is dataclasses.MISSING
-    kind = typing.get_type_hints(config_class)[name]
-    if isinstance(kind, types.UnionType):
-        kind = next(part for part in kind.__args__ if part is not type(None))
-    if typing.get_origin(kind) is tuple:
-        parser.add_argument(name, type=typing.get_args(kind)[0], nargs="+" if required else "*", help=text)
-    elif required:
-        parser.add_argument(name, type=kind, help=text)
-    else:
-        parser.add_argument(name, type=kind, nargs="?", help=text)
-
-
-def _default(config_class: type, name: str) -> Any:
-    """Return the default of a field, MISSING where it has none."""
-    field = next(f for f in dataclasses.fields(config_class) if f.name == name)
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
+    kind = typing.get_args(typing.get_type_hints(config_class)[name])[0]
+    parser.add_argument(name, type=kind, nargs="+" if field.default is dataclasses.MISSING else "*", help=text)
 
 
 _UNKNOWN = re.compile(
@@ -214,18 +198,13 @@ def _one_line(message: str, names: list[str]) -> str:
 
 
 def _nearest_option(name: str, names: list[str]) -> str:
-    """Suggest an option for `name`: within its group, by its whole dotted name, or by its last part alone."""
+    """Suggest an option for `name`: by its last part, within its group, or by its whole dotted name."""
     group, _, leaf = name.rpartition(".")
-    same_leaf = [n for n in names if n.rsplit(".", 1)[-1] == leaf]
-    if same_leaf:
-        return f"; did you mean '{same_leaf[0]}'?"
-    inside = [n.removeprefix(f"{group}.") for n in names if n.startswith(f"{group}.")]
-    if group and inside:
-        close = re.search(r"'(.+)'", nearest(leaf, inside))
-        return f"; did you mean '{group}.{close[1]}'?" if close else f"; {group} has {', '.join(inside)}"
-    whole = nearest(name, names)
-    if whole:
-        return whole
-    by_leaf = {n.rsplit(".", 1)[-1]: n for n in reversed(names)}
-    close = re.search(r"'(.+)'", nearest(leaf, by_leaf))
-    return f"; did you mean '{by_leaf[close[1]]}'?" if close else ""
+    by_leaf = {n.rpartition(".")[2]: n for n in reversed(names)}
+    inside = {n.removeprefix(f"{group}."): n for n in names if group and n.startswith(f"{group}.")}
+    if leaf in by_leaf or not inside:
+        close = by_leaf.get(leaf) or closest(name, names) or by_leaf.get(closest(leaf, by_leaf))
+    else:
+        close = inside.get(closest(leaf, inside))
+    listed = f"; {group} has {', '.join(inside)}" if inside else ""
+    return f"; did you mean '{close}'?" if close else listed

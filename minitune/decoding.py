@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from minitune.errors import ConfigError, DataError, nearest
+from minitune.errors import ConfigError, DataError, check_counts, nearest
 from minitune.model.cache import KVCache
 from minitune.model.transformer import Transformer
 from minitune.ops.linear import projections
@@ -236,9 +236,7 @@ def generate_ids(
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int | None):
     """Refuse what cannot be generated, before any work is done."""
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
     config = model.config
     for row, prompt in enumerate(prompts):
         if not prompt:

@@ -25,15 +25,22 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the torch dtype for its name; ConfigError for one that weights cannot have."""
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
+    return DTYPES[dtype]
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of that name; "auto" is bfloat16 where the device has instructions for it, else float32.
 
     Raises ConfigError for another name.
     """
-    if name in DTYPES:
-        return DTYPES[name]
     if name != "auto":
-        raise ConfigError(f"dtype is '{name}'; it must be auto, {', '.join(DTYPES)}{nearest(name, DTYPES)}")
+        return as_dtype(name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent in some torch versions

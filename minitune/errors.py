@@ -38,16 +38,28 @@ class TrainingError(MinituneError):
     """A run cannot go on (loss or gradient not finite, memory exhausted, nothing to train)."""
 
 
+def closest(name: str, choices: Iterable[str]) -> str | None:
+    """Return the choice most like `name`, None when none is close."""
+    return next(iter(difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)), None)
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the choice most like `name`, or "" when none is close."""
-    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    found = closest(name, choices)
+    return f"; did you mean '{found}'?" if found else ""
 
 
 def check_seed(seed: int | None) -> None:
     """Raise ConfigError for a seed that torch's generators do not take; None passes."""
     if seed is not None and not 0 <= seed < 2**63:
         raise ConfigError(f"seed is {seed}; it must be 0 or more, below 2 to the 63rd")
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise ConfigError naming the first count below 1; None passes."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} is {count}; it must be at least 1")
 
 
 def counted(number: int, noun: str) -> str:

@@ -4,23 +4,19 @@
         --perplexity wiki.txt --output result.json
 """
 
-import json
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from minitune.cli import parse
-from minitune.errors import ConfigError, run_command
+from minitune.errors import ConfigError, DataError, check_counts, run_command
+from minitune.loading import ModelOptions
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ModelOptions):
     """What to measure, of which model."""
 
-    model: str = "smollm2-135m-instruct"
-    """A fetched model's name, a Hugging Face folder or a GGUF file."""
-    adapter: str | None = None
-    """A PEFT adapter folder to put on it."""
     classify: str | None = None
     """Rows whose last answer is a label: .jsonl, .json or .csv in any format that trains."""
     labels: str | None = None
@@ -41,12 +37,6 @@ class EvaluateConfig:
     """With perplexity: use only the first tokens of the text (default: all)."""
     batch_size: int | None = None
     """With classify: prompts read at once (default 32); texts are read 4 x 1024 tokens at a time."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and arithmetic; auto is bfloat16 where the processor is fast at it."""
-    quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
-    """Keep the linear layers' weights in 4 or 8 bits; auto does as the adapter's training did."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
 
     def __post_init__(self):
         """Refuse a run that measures nothing, and options that it would ignore."""
@@ -60,16 +50,14 @@ class EvaluateConfig:
         for name, needed in belongs.items():
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise ConfigError(f"{name} is set without {needed}, which it belongs to; leave it out")
-        for name in ("max_rows", "max_new_tokens", "max_tokens", "batch_size", "window", "stride"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        counts = ("max_rows", "max_new_tokens", "max_tokens", "batch_size", "window", "stride")
+        check_counts(**{name: getattr(self, name) for name in counts})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, read the data, load the model, measure, print, write."""
     config = parse(EvaluateConfig, argv, prog="python -m minitune.evaluate", description=__doc__.split("\n")[0])
-    from minitune.files import atomic_file
+    from minitune.files import atomic_file, write_json
 
     if config.output is None:
         print(table(measure(config)))
@@ -77,14 +65,12 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_file(config.output) as path:  # fails before the work, not after
         result = measure(config)
         print(table(result))
-        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, result)
     print(f"written to {config.output}")
 
 
 def measure(config: EvaluateConfig) -> dict[str, Any]:
     """Return what was measured: {"model", "adapter", "classification", "perplexity", "seconds"}."""
-    from minitune.checkpoint.load import load_model, load_tokenizer
-    from minitune.device import choose_device, choose_dtype
     from minitune.evaluation.classification import read_labelled
     from minitune.sources import resolve
 
@@ -92,13 +78,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     if config.classify is not None:  # read first: an error in the data should not wait for the model
         rows = read_labelled(resolve(config.classify), config.labels.split(","))[: config.max_rows]
     text = "" if config.perplexity is None else read_text(resolve(config.perplexity))
-    tokenizer = load_tokenizer(config.model)
-    device = choose_device(config.device)
-    model = load_model(
-        config.model, dtype=choose_dtype(config.dtype, device), device=device, adapter=config.adapter,
-        quantize=config.quantize,
-    )  # fmt: skip
-    tokenizer.check_fits(model.config.vocab_size)
+    model, tokenizer = config.load()
     start = time.monotonic()
     result: dict[str, Any] = {"model": config.model, "adapter": config.adapter}
     if rows:
@@ -140,7 +120,6 @@ def _perplexity(model: Any, tokenizer: Any, text: str, config: EvaluateConfig) -
 def read_text(path: Any) -> str:
     """Return the content of a UTF-8 text file; raises DataError for another kind, an empty or a broken one."""
     from minitune.data.reading import read_rows
-    from minitune.errors import DataError
 
     if path.suffix != ".txt":
         raise DataError(f"{path}: perplexity reads plain text; give a .txt file")

@@ -1,6 +1,5 @@
 """`python -m minitune.export`: write a model, with an adapter merged in, as a Hugging Face folder."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     from minitune.checkpoint.huggingface import check_output, save_model
     from minitune.checkpoint.load import has_tokenizer, load_model, load_tokenizer
+    from minitune.files import write_json
 
     check_output(config.output, overwrite=config.overwrite)
     tokenizer = load_tokenizer(config.model) if has_tokenizer(config.model) else None
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     report = None
     if config.merge:
         # A merge starts from what is stored, so that a weight is rounded to the dtype once, with its update.
-        model = load_model(config.model, adapter=config.adapter, quantize=config.quantize)
+        model = load_model(config.model, adapter=config.adapter, quantize=config.quantize, keep_quantized=False)
         report = merged(model, tokenizer, config.dtype)
     elif config.dtype in FOUR_BITS:
         model = load_model(config.model, quantize=config.dtype, keep_quantized=False)
@@ -87,14 +87,14 @@ def main(argv: list[str] | None = None) -> None:
         max_shard_bytes=int(config.max_shard_gb * 1e9), overwrite=config.overwrite,
     )  # fmt: skip
     if report:
-        (Path(config.output) / "merge_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(config.output) / "merge_report.json", report)
     print(f"written to {config.output}; load it with: python -m minitune.generate --model {config.output} --chat")
 
 
 def merged(model: Any, tokenizer: Any, dtype: str | None) -> dict[str, Any]:
     """Merge the model's adapter in place, into `dtype`; print and return what survived, and what changed by it."""
-    from minitune.checkpoint.load import as_dtype
     from minitune.checkpoint.merge import merge
+    from minitune.device import as_dtype
     from minitune.evaluation.divergence import kl_divergence, next_token_log_probabilities
 
     ids = tokenizer.encode(PROBE) if tokenizer else list(range(min(128, model.config.vocab_size)))

@@ -1,4 +1,4 @@
-"""Files: writes that a killed process cannot leave half done, and the sha256 by which a file is known.
+"""Files: writes that a killed process cannot leave half done, JSON objects, and the sha256 by which a file is known.
 
 Everything is written to a temporary sibling `.NAME.tmp-PID-xxxxxxxx`, forced to the disk (fsync of every
 file, then of the folder) and renamed over the target in one step; the rename is forced too. A folder that
@@ -8,6 +8,7 @@ folder. Writing in place with a backup was rejected: a reader can meet the half-
 """
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -15,8 +16,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from minitune.errors import CheckpointError
+from minitune.errors import CheckpointError, type_name
 
 _live: set[Path] = set()  # temporaries of this process; its pid may be that of an earlier, dead one
 
@@ -102,6 +104,29 @@ def file_sha256(path: str | Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """Return the object in a JSON file, {} where an optional one is not there.
+
+    Raises CheckpointError where it is missing, broken or not an object.
+    """
+    if optional and not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type_name(content)}, not an object; fetch it again")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as indented JSON."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def clean_leftovers(path: Path) -> None:

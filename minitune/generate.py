@@ -9,10 +9,11 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from minitune.cli import parse
-from minitune.errors import ConfigError, DataError, MinituneError, check_seed, counted, run_command
+from minitune.errors import ConfigError, DataError, MinituneError, check_counts, check_seed, counted, run_command
+from minitune.loading import ModelOptions
 from minitune.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -22,13 +23,9 @@ TURN_COLOUR = "\033[1;36m{}\033[0m"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(Sampling):
+class GenerateConfig(Sampling, ModelOptions):
     """What to ask, of which model, and how to choose the words."""
 
-    model: str = "smollm2-135m-instruct"
-    """A fetched model's name, a Hugging Face folder or a GGUF file."""
-    adapter: str | None = None
-    """A PEFT adapter folder to put on it."""
     prompt: str | None = None
     """Ask this, and print the answer."""
     chat: bool = False
@@ -49,12 +46,6 @@ class GenerateConfig(Sampling):
     """With a temperature: the same seed gives the same answers (default 0)."""
     batch_size: int | None = None
     """With input: prompts answered at once (default 8)."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and arithmetic; auto is bfloat16 where the processor is fast at it."""
-    quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
-    """Keep the linear layers' weights in 4 or 8 bits; auto does as the adapter's training did."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
 
     def __post_init__(self):
         """Refuse missing, contradicting and ignored options."""
@@ -74,9 +65,7 @@ class GenerateConfig(Sampling):
         if self.seed is not None and self.temperature == 0:
             raise ConfigError("seed has no effect at temperature 0 (greedy); set a temperature above 0")
         check_seed(self.seed)
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_counts(max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("the prompt is empty; give it some text")
 
@@ -103,16 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the options, load the model, answer."""
     config = parse(GenerateConfig, argv, prog="python -m minitune.generate", description=__doc__.split("\n")[0])
     rows = [] if config.input is None else read_prompts(Path(config.input))
-    from minitune.checkpoint.load import load_model, load_tokenizer
-    from minitune.device import choose_device, choose_dtype
-
-    tokenizer = load_tokenizer(config.model)
-    device = choose_device(config.device)
-    model = load_model(
-        config.model, dtype=choose_dtype(config.dtype, device), device=device, adapter=config.adapter,
-        quantize=config.quantize,
-    )  # fmt: skip
-    tokenizer.check_fits(model.config.vocab_size)
+    model, tokenizer = config.load()
     if config.chat:
         chat(model, tokenizer, config)
     elif config.input is not None:

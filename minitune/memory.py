@@ -28,13 +28,11 @@ from minitune.model.config import LoRAConfig, ModelConfig, QuantizationConfig
 from minitune.model.linear import LoRA
 from minitune.model.lora import add_lora, linear_modules
 from minitune.model.transformer import Transformer
-from minitune.ops.adamw8bit import BLOCK_SIZE
+from minitune.ops.adamw8bit import BLOCK_SIZE, keeps_8_bits
 from minitune.ops.attention import BLOCK
 from minitune.ops.cross_entropy import CHUNK, SPAN
 from minitune.ops.nf4 import NESTED_BLOCK
 from minitune.ops.rounding import POOL
-
-SMALL = 4096  # elements; 8-bit AdamW keeps fp32 moments of fewer (`training/optimizer.py`)
 
 
 @dataclass(frozen=True)
@@ -165,8 +163,7 @@ def _moments(kind: str, name: str, parameter: torch.Tensor) -> int:
     """Return the bytes of a parameter's two moments, as `training/optimizer.py` allocates them."""
     count = parameter.numel()
     if kind == "adamw8bit":
-        eight = count >= SMALL and "embed" not in name
-        return 2 * (count + 4 * -(-count // BLOCK_SIZE) if eight else 4 * count)
+        return 2 * (count + 4 * -(-count // BLOCK_SIZE) if keeps_8_bits(name, parameter) else 4 * count)
     return 0 if kind == "sgd" else 2 * parameter.nbytes
 
 
@@ -209,8 +206,7 @@ def _logits(config: ModelConfig, dtype: torch.dtype, tokens: int, full: bool) ->
     """Return the bytes of the logits that the loss makes at a time, and of a trained head's sums over spans of rows."""
     rows, narrow = min(SPAN // dtype.itemsize if full else CHUNK, tokens), dtype.itemsize < 4
     wide = 4 * min(CHUNK, tokens) if narrow else 0
-    # Adding a 16-bit product (2) to the fp32 sum (4) widens it (4), while the first, 16-bit sum (counted) still exists.
-    sums = (2 + 4 + 4) * config.hidden_size if full and narrow and rows < tokens else 0
+    sums = 4 * config.hidden_size if full and narrow and rows < tokens else 0  # in fp32, where there are several spans
     return config.vocab_size * (rows * dtype.itemsize + wide + sums)
 
 

@@ -20,6 +20,16 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """A part that has a kind."""
+
+    kind: Literal["plain", "fast"] = "plain"
+    """Which."""
+    steps: int = 1
+    """How many."""
+
+
+@dataclass(frozen=True)
 class Options:
     """All kinds of fields."""
 
@@ -27,6 +37,8 @@ class Options:
     """Files to read."""
     part: Part = field(default_factory=Part)
     """A part."""
+    rule: Rule = field(default_factory=Rule)
+    """A part with a kind."""
     kind: Literal["a", "b"] = "a"
     """One of two."""
     max_length: int = 5
@@ -44,7 +56,7 @@ def parse(*argv):
 def test_values_of_every_kind():
     nested, plain = ["--part.rank", "3", "--part.name", "[q,v]"], ["--kind=b", "--max-length", "7", "--rate", "1e-3"]
     given = parse("f", "g", *nested, *plain)
-    assert given == Options(("f", "g"), Part(3, ("q", "v")), "b", 7, 0.001)
+    assert given == Options(("f", "g"), Part(3, ("q", "v")), kind="b", max_length=7, rate=0.001)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +66,18 @@ def test_a_switch_needs_no_value(argv, flag):
     assert parse(*argv) == Options(("f",), flag=flag)
 
 
+@pytest.mark.parametrize(
+    "argv,rule",
+    [(["--rule", "fast"], Rule("fast")), (["--rule=fast"], Rule("fast")), (["--rule", '{"steps": 2}'], Rule(steps=2))],
+)
+def test_a_part_is_named_by_its_kind_alone(argv, rule):
+    assert parse("f", *argv) == Options(("f",), rule=rule)
+
+
 def test_a_file_of_options_and_options_on_top(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("part: {rank: 4, name: [q]}\nrate: 1e-3\nkind: b\n")
-    assert parse("f", "--config", str(path), "--kind", "a") == Options(("f",), Part(4, ("q",)), "a", rate=0.001)
+    assert parse("f", "--config", str(path), "--kind", "a") == Options(("f",), Part(4, ("q",)), kind="a", rate=0.001)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +94,8 @@ def test_a_file_of_options_and_options_on_top(tmp_path):
             "option part.rank: its value is missing; one that starts with - is written --part.rank=VALUE",
         ),
         (["--kind", "caf\udce9"], r"the argument 'caf\udce9' is not UTF-8"),
+        (["--rule", "8"], "option rule.kind: expected one of ['plain', 'fast'], got '8'"),
+        (["--rule", "fasst"], "option rule.kind: expected one of ['plain', 'fast'], got 'fasst'"),
         (["--kind", "c"], "option kind: expected one of ['a', 'b'], got 'c'"),
         (["--config", "nothing"], "--config nothing: no such file, nor a recipe"),
     ],

@@ -16,7 +16,7 @@ FLOORS = [
     {"cli", "device", "sampling", "sources", "ops", "text"},
     {"model", "data", "losses"},
     {"checkpoint", "decoding", "memory", "reporting"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "loading"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 DOORS = {path.stem for path in (ROOT / "minitune").glob("*.py")} - FLOOR.keys() - {"__init__"}

@@ -15,13 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 import minitune.model.transformer as transformer
 from minitune.errors import ConfigError
 from minitune.losses.sft import sft_loss
-from minitune.memory import SMALL, Ledger, ledger
+from minitune.memory import Ledger, ledger
 from minitune.model.config import LoRAConfig, ModelConfig, QuantizationConfig
 from minitune.model.lora import add_lora, linear_modules, lora_modules, quantized_weights
 from minitune.model.trainable import train_all, trainable_parameters
 from minitune.model.transformer import Transformer
 from minitune.ops.nf4 import quantize
-from minitune.training import optimizer as training_optimizer
 from minitune.training.config import OptimizerConfig
 from minitune.training.optimizer import Optimizer
 
@@ -111,10 +110,6 @@ def test_gradients_of_earlier_micro_batches_stay():
     once, thrice = (ledger(TINY, "lora", 3, 70, accumulation_steps=steps) for steps in (1, 3))
     assert once.early_gradients == 0
     assert thrice.total - once.total == thrice.early_gradients == thrice.gradients
-
-
-def test_small_tensors_are_those_of_the_optimiser():
-    assert SMALL == training_optimizer.SMALL
 
 
 def saved(model, batch_size=BATCH, length=LENGTH) -> int:

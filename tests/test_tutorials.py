@@ -43,9 +43,9 @@ BUGS = {
     "B's gradient lacks the scaling": (
         LORA,
         "import torch, minitune.ops.linear as m; right = m._split_adapters\n"
-        "def wrong(da, db, scalings, factors, sizes):\n"
-        "    scaled = iter(s for s in scalings if s is not None)\n"
-        "    grads = right(da, db, scalings, factors, sizes)\n"
+        "def wrong(da, db, adapters, sizes):\n"
+        "    scaled = iter(a.scaling for a in adapters if a is not None)\n"
+        "    grads = right(da, db, adapters, sizes)\n"
         "    return [g if i % 2 == 0 else g / next(scaled) for i, g in enumerate(grads)]\n"
         "m._split_adapters = wrong",
         "== 3.",

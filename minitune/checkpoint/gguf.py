@@ -6,8 +6,7 @@ row 2i + j there is row i + j d/2 here. Tensors are dequantised a few rows at a 
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ import torch
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from minitune.errors import CheckpointError
-from minitune.text.gguf_reader import open_reader
+from minitune.text.gguf_reader import read_file
 
 CHUNK = 1 << 15  # elements dequantised at a time: stays in a core's cache, and torch copies it on one thread
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# Metadata of a llama file -> field of config.json; None for those that are checked below.
+# Metadata of a llama file -> field of config.json.
 _FIELDS = {
     "vocab_size": "vocab_size",
     "embedding_length": "hidden_size",
@@ -33,16 +32,16 @@ _FIELDS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
     "context_length": "max_position_embeddings",
-    "attention.key_length": None,
-    "attention.value_length": None,
-    "rope.dimension_count": None,
-    "rope.scaling.type": None,
 }
+_TENSOR = re.compile(r"(?s)(?:blk\.(\d+)\.)?(.*?)\.?([^.]*)")  # block, module, weight or bias
 _HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+_SCALING = "rope.scaling.type"
 _IDS = {"bos_token_id": "bos_token_id", "padding_token_id": "pad_token_id"}
 _STOPS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
+_MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -71,31 +70,26 @@ class QuantisedTensor:
         return _PLAIN.get(self.kind.name, torch.float32)
 
     def read_into(self, destination: torch.Tensor) -> None:
-        """Dequantise in fp32 into `destination`, of the same shape and of any dtype and device."""
-        target = destination.detach()
-        place = self._places()
-        for start, rows in self._chunks():
-            chunk, end = torch.from_numpy(rows), start + len(rows)
-            if place is None:
-                target[start:end] = chunk
-            else:
-                target.index_copy_(0, place[start:end].to(target.device), chunk.to(target.device, target.dtype))
+        """Dequantise in fp32, a few rows at a time, into `destination`, of the same shape and of any dtype and device.
 
-    def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, rows as fp32) a few rows at a time; a vector's elements are its rows."""
-        row_shape = quant_shape_to_byte_shape(self.shape if len(self.shape) > 1 else (1, *self.shape), self.kind)
-        rows = self.shape[0] if len(self.shape) > 1 else 1
-        step = max(1, CHUNK // self.shape[-1])
+        Raises CheckpointError for a type that the gguf package cannot dequantise.
+        """
+        target = destination.detach().view(-1, self.shape[-1])  # a vector is one row
+        rows, row_bytes = quant_shape_to_byte_shape(target.shape, self.kind)
+        places, step = self._places(), max(1, CHUNK // self.shape[-1])
         with open(self.file, "rb", buffering=0) as stream:
             stream.seek(self.offset)
             for start in range(0, rows, step):
-                count = min(step, rows - start)
-                raw = np.fromfile(stream, np.uint8, count * row_shape[-1]).reshape(count, row_shape[-1])
+                end = min(start + step, rows)
+                raw = np.fromfile(stream, np.uint8, (end - start) * row_bytes).reshape(-1, row_bytes)
                 try:
-                    values = dequantize(raw, self.kind).astype(np.float32, copy=False)
+                    chunk = torch.from_numpy(dequantize(raw, self.kind).astype(np.float32, copy=False))
                 except NotImplementedError:
                     raise CheckpointError(f"{self.file}: the type {self.kind.name} cannot be dequantised") from None
-                yield start, values if len(self.shape) > 1 else values[0]
+                if places is None:
+                    target[start:end] = chunk
+                else:
+                    target.index_copy_(0, places[start:end].to(target.device), chunk.to(target.device, target.dtype))
 
     def _places(self) -> torch.Tensor | None:
         """Return where each row of the file belongs, None where all stay in place."""
@@ -113,71 +107,45 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
     Raises:
         CheckpointError: not GGUF, truncated, counts that cannot be, or an architecture or field not known here.
     """
-    metadata, tensors = _read(path)
-    fields = _config_fields(path, metadata, tensors)
+    metadata, stored = read_file(path, arrays=False)
+    shapes = {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in stored}
+    fields = _config_fields(path, metadata, shapes)
     heads = {"attn_q": fields.get("num_attention_heads"), "attn_k": fields.get("num_key_value_heads")}
-    return fields, {
-        _hf_name(name): replace(tensor, heads=heads.get(name.split(".")[-2] if "." in name else ""))
-        for name, tensor in tensors.items()
-    }
+    tensors = {}
+    for tensor in stored:
+        block, stem, kind = _TENSOR.fullmatch(tensor.name).groups()
+        name = f"{_MODULES[stem]}.{kind}" if stem in _MODULES else tensor.name
+        name = f"model.layers.{block}.{name}" if block and stem in _MODULES else name
+        place = path, tensor.tensor_type, shapes[tensor.name], tensor.data_offset
+        tensors[name] = QuantisedTensor(*place, heads.get(stem))
+    return fields, tensors
 
 
-def _value(field: gguf.ReaderField) -> Any:
-    """Return a field's value, None for an array; an fp32 one as its shortest decimal (1e-05, not 9.99999975e-06)."""
-    if field.types[0] == gguf.GGUFValueType.ARRAY:
-        return None
-    value = field.contents()
-    return float(str(np.float32(value))) if field.types[0] == gguf.GGUFValueType.FLOAT32 else value
-
-
-def _hf_name(name: str) -> str:
-    """Return the Hugging Face name of a tensor; its own where it has none."""
-    stem, _, kind = name.rpartition(".")
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{kind}"
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{kind}" if block and block[2] in _BLOCK else name
-
-
-def _config_fields(path: Path, metadata: dict[str, Any], tensors: dict[str, QuantisedTensor]) -> dict[str, Any]:
-    """Return the content of `config.json` that the metadata amounts to; refuse what it may not leave out."""
+def _config_fields(path: Path, metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return the content of `config.json` that metadata and shapes amount to; refuse what it may not leave out."""
     family = metadata.get("general.architecture")
     if family != "llama":
         raise CheckpointError(f"{path}: architecture {family!r} is not supported in GGUF; supported: llama")
     values = {name.removeprefix("llama."): value for name, value in metadata.items() if name.startswith("llama.")}
-    unknown = sorted(set(values) - set(_FIELDS))
+    unknown = sorted(set(values) - {*_FIELDS, *_HEAD_WIDTHS, _SCALING})
     if unknown:
         raise CheckpointError(
             f"{path}: the field llama.{unknown[0]} is not known to this engine and may change the model; "
             f"it is refused rather than ignored"
         )
-    fields = {theirs: values[name] for name, theirs in _FIELDS.items() if theirs and name in values}
+    fields = {theirs: values[name] for name, theirs in _FIELDS.items() if name in values}
     fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
-    if "token_embd.weight" in tensors:
-        fields.setdefault("vocab_size", next(iter(tensors["token_embd.weight"].shape), None))
+    fields.setdefault("vocab_size", next(iter(shapes.get("token_embd.weight", ())), None))
     widths = {name: values[name] for name in _HEAD_WIDTHS if name in values}
-    if len(set(widths.values())) > 1 or values.get("rope.scaling.type", "none") != "none":
+    if len(set(widths.values())) > 1 or values.get(_SCALING, "none") != "none":
         raise CheckpointError(f"{path}: heads of several widths, or scaled rope, are not implemented: {widths}")
     return {
         "model_type": "llama",
         **fields,
         "head_dim": next(iter(widths.values()), None),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "mlp_bias": "blk.0.ffn_up.bias" in shapes,
         **{theirs: metadata.get(f"tokenizer.ggml.{ours}") for ours, theirs in _IDS.items()},
         "eos_token_id": [metadata[name] for name in _STOPS if name in metadata],
-    }
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
-    """Return the metadata and the tensors under the file's own names."""
-    reader = open_reader(path)
-    try:
-        metadata = {name: _value(field) for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from None
-    return metadata, {
-        tensor.name: QuantisedTensor(path, tensor.tensor_type, tuple(tensor.shape.tolist()[::-1]), tensor.data_offset)
-        for tensor in reader.tensors
     }

@@ -6,10 +6,10 @@ threads. Building a state dict first was rejected: it would hold the model twice
 no place of its own: each is read, quantised and dropped, so that the full-precision model is never held.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +19,11 @@ from typing import Any, Protocol
 import torch
 
 from minitune.checkpoint.adapter import adapter_quantization, all_finite, fail_listing, load_adapter
-from minitune.checkpoint.huggingface import open_folder, read_json, refuse_pickle, save_model
+from minitune.checkpoint.huggingface import open_folder, refuse_pickle, save_model
 from minitune.checkpoint.prequantized import StoredQuantized, check_settings, configuration, group, kept_folder
-from minitune.device import DTYPES
-from minitune.errors import CheckpointError, ConfigError, nearest
+from minitune.device import as_dtype
+from minitune.errors import CheckpointError, ConfigError
+from minitune.files import read_json
 from minitune.model.config import ModelConfig, QuantizationConfig
 from minitune.model.linear import Linear
 from minitune.model.transformer import Transformer
@@ -79,37 +80,51 @@ def load_model(
     elif isinstance(quantize, str):
         quantize = None if quantize == "none" else QuantizationConfig(quantize)
     fields, tensors = _open(path)
-    if quantize and not fields.get("quantization_config"):
-        kept = kept_folder(_gguf_file(path), quantize, as_dtype(dtype) or _stored_dtype(tensors))
-        if (kept / "config.json").is_file():
-            path, (fields, tensors) = kept, _open(kept)
-    model = _build(path, fields, tensors, as_dtype(dtype), device or "cpu", quantize)
-    if quantize and quantize.kind != "int8" and keep_quantized and not fields.get("quantization_config"):
-        with contextlib.suppress(OSError):  # where nothing can be written, the next load takes as long, and that is all
-            save_model(model, None, kept, overwrite=True)  # another process may have been faster
+    dtype, device = as_dtype(dtype) or _stored_dtype(tensors), device or "cpu"
+    kept = None
+    if keep_quantized and quantize and quantize.kind != "int8" and not fields.get("quantization_config"):
+        kept = kept_folder(_gguf_file(path), quantize, dtype)
+    model = kept and _load_kept(kept, dtype, device, quantize)
+    if model is None:
+        model = _build(path, fields, tensors, dtype, device, quantize)
+        if kept:
+            _keep(model, kept)
     if adapter is not None:
         load_adapter(model, resolve(adapter))
     return model.eval()
 
 
+def _load_kept(kept: Path, dtype: torch.dtype, device, quantize: QuantizationConfig) -> Transformer | None:
+    """Return the model that an earlier load kept; None where there is none, or, saying so, where it is damaged."""
+    try:
+        return _build(kept, *_open(kept), dtype, device, quantize) if kept.is_dir() else None
+    except (CheckpointError, ConfigError) as error:
+        print(f"{error}; it was kept from an earlier load and is made anew", file=sys.stderr)
+        return None
+
+
+def _keep(model: Transformer, kept: Path) -> None:
+    """Save a quantised model for the next load; where that fails, say that it will take as long."""
+    try:
+        save_model(model, None, kept, overwrite=True)  # another process may have been faster
+    except OSError as error:
+        print(f"the quantised model cannot be kept ({error}); the next load quantises again", file=sys.stderr)
+
+
 def _build(path, fields, tensors, dtype, device, quantize: QuantizationConfig | None) -> Transformer:
-    """Return the model with all its weights read, in `dtype` (None: as stored), quantised where that is asked for."""
-    settings = fields.get("quantization_config")
-    config = ModelConfig.from_hf({k: v for k, v in fields.items() if k != "quantization_config"}, where=str(path))
-    if settings:
-        check_settings(settings, path)
-        tensors = group(tensors)
+    """Return the model with all its weights read, in `dtype`, quantised where that is asked for."""
+    in_four_bits = fields.pop("quantization_config", None)
+    config = ModelConfig.from_hf(fields, where=str(path))
     head = tensors.pop("lm_head.weight", None) if config.tie_embeddings else None
     _check_fit(config, tensors, path)
-    wanted = dtype or _stored_dtype(tensors)
-    sparse = bool(quantize or settings)  # then each weight gets its memory when it is read
-    model = Transformer(config, dtype=wanted, device="meta" if sparse else device, init=False)
+    sparse = bool(quantize or in_four_bits)  # then each weight gets its memory when it is read
+    model = Transformer(config, dtype=dtype, device="meta" if sparse else device, init=False)
     places = model.state_dict()
 
     def fill(name: str) -> None:
         where = f"{path}: {name}"
         if sparse:
-            _put(model, name, tensors[name], wanted, device, quantize, where)
+            _put(model, name, tensors[name], dtype, device, quantize, where)
         else:
             _fill(tensors[name], places[name], where)
 
@@ -167,15 +182,6 @@ def stored_positions(path: Path) -> int | None:
     return fields.get("max_position_embeddings", ModelConfig.max_positions)
 
 
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the torch dtype for its name; ConfigError for one that weights cannot have."""
-    if dtype is None or dtype in DTYPES.values():
-        return dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
-    return DTYPES[dtype]
-
-
 def _open(path: Path) -> tuple[dict[str, Any], Mapping[str, Stored]]:
     """Return the content of `config.json`, or what amounts to it, and the stored tensors by name."""
     path = _gguf_file(path)
@@ -184,7 +190,11 @@ def _open(path: Path) -> tuple[dict[str, Any], Mapping[str, Stored]]:
 
         return open_gguf(path)
     if path.is_dir():
-        return open_folder(path)
+        fields, tensors = open_folder(path)
+        if settings := fields.get("quantization_config"):
+            check_settings(settings, path)
+            tensors = group(tensors)
+        return fields, tensors
     refuse_pickle(path)
     raise CheckpointError(f"{path} is neither a folder with config.json nor a .gguf file")
 

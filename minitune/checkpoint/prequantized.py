@@ -9,8 +9,7 @@ Keeping it in a form of our own was rejected: this one is read by transformers t
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from minitune.checkpoint.quantized import from_bitsandbytes, read_state, to_bitsandbytes
-from minitune.errors import CheckpointError, ConfigError
+from minitune.errors import ConfigError
 from minitune.model.config import QuantizationConfig
 from minitune.ops.nf4 import QuantizedTensor
 from minitune.safetensors_io import StoredTensor
@@ -39,29 +38,22 @@ class StoredQuantized:
 
     def read(self) -> QuantizedTensor:
         """Return the weight, on the CPU; CheckpointError where its parts do not fit each other."""
-        with _naming(self.parts):
-            return from_bitsandbytes(self.name, {name: part.read() for name, part in self.parts.items()})
+        tensors = {name: part.read() for name, part in self.parts.items()}
+        return from_bitsandbytes(self.name, tensors, _file(self.parts))
 
 
-@contextmanager
-def _naming(parts: Mapping[str, StoredTensor]) -> Iterator[None]:
-    """Name the file in an error about a weight's parts."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{next(iter(parts.values())).file}: {error}") from None
+def _file(parts: Mapping[str, StoredTensor]) -> str:
+    """Return the file that a weight is in, as errors name it."""
+    return f"{next(iter(parts.values())).file}: "
 
 
 def group(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor | StoredQuantized]:
     """Return the tensors with the parts of each 4-bit weight as one; CheckpointError for a damaged state."""
-    packed = [name.removesuffix(_SCALE) for name in tensors if name.endswith(_SCALE)]
     grouped: dict[str, StoredTensor | StoredQuantized] = dict(tensors)
-    for name in packed:
-        keys = [key for key in tensors if key == name or key.startswith(f"{name}.")]
-        state = {key[len(name) + 1 :]: tensors[key].read() for key in keys if ".quant_state." in key}
-        parts = {key: grouped.pop(key) for key in keys}
-        with _naming(parts):
-            _, fields = read_state(name, state)
+    for name in [name.removesuffix(_SCALE) for name in tensors if name.endswith(_SCALE)]:
+        parts = {key: grouped.pop(key) for key in tensors if key == name or key.startswith(f"{name}.")}
+        state = {key[len(name) + 1 :]: part.read() for key, part in parts.items() if ".quant_state." in key}
+        _, fields = read_state(_file(parts) + name, state)
         grouped[name] = StoredQuantized(name, parts, tuple(fields["shape"]), getattr(torch, fields["dtype"]))
     return grouped
 

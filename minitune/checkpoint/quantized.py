@@ -56,17 +56,19 @@ def to_bitsandbytes(name: str, weight: QuantizedTensor) -> dict[str, torch.Tenso
     return {name: weight.packed[:, None]} | {f"{name}.{key}": tensor for key, tensor in tensors.items()}
 
 
-def from_bitsandbytes(name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedTensor:
+def from_bitsandbytes(name: str, tensors: Mapping[str, torch.Tensor], where: str = "") -> QuantizedTensor:
     """Return the 4-bit weight `name` of a checkpoint; it has the tensors given, not copies.
 
     Args:
         name: the weight's full name.
         tensors: the checkpoint's, by key; those of other weights are passed over.
+        where: stands before the name in errors.
 
     Raises:
         CheckpointError: a tensor is missing, damaged, unknown or not the one that the shape asks for.
     """
     parts = {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    packed, name = tensors.get(name), where + name
     kind, fields = read_state(name, parts)
     nested = "nested_offset" in fields
     size, block_size = math.prod(fields["shape"]), fields["blocksize"]
@@ -76,7 +78,6 @@ def from_bitsandbytes(name: str, tensors: Mapping[str, torch.Tensor]) -> Quantiz
         groups = -(-blocks // NESTED_BLOCK)
         wanted |= {"nested_absmax": (torch.float32, groups), "nested_quant_map": dynamic_map(True)}
     _check_parts(name, parts, wanted)
-    packed = tensors.get(name)
     if packed is None or packed.nbytes != -(-size // 2) or not packed.is_contiguous():
         found = "missing" if packed is None else f"{packed.nbytes} bytes"
         raise CheckpointError(f"{name} is {found}, but its shape {fields['shape']} takes {-(-size // 2)} in 4 bits")

@@ -26,11 +26,17 @@ from minitune.ops.blockwise8 import dequantize_blockwise, dynamic_map, quantize_
 from minitune.ops.rounding import round_stochastically
 
 BLOCK_SIZE = 256
+SMALL = 4096  # elements
 LOWEST = 1  # code of v, that of the smallest entry above 0
 CHUNK = 1 << 17  # elements updated at a time: what is decoded of them stays in a core's cache
 
 Moment = tuple[torch.Tensor, torch.Tensor]
 """Codes, uint8 of the parameter's shape, and absmax, fp32 (ceil(n / 256),)."""
+
+
+def keeps_8_bits(name: str, parameter: torch.Tensor) -> bool:
+    """Tell whether a parameter has moments of 8 bits: no embedding has, and nothing too small to matter."""
+    return parameter.numel() >= SMALL and "embed" not in name
 
 
 def zero_moment(parameter: torch.Tensor) -> Moment:

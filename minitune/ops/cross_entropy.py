@@ -19,6 +19,7 @@ from minitune.ops.precision import wide_dtype, widen
 
 CHUNK = 128  # rows; 128 x 49,152 fp32 logits are 25 MB
 SPAN = 1 << 11  # bytes of a gradient's column that the head's gradient is summed over at once: 1,024 rows in 16 bits
+SLICE = 1 << 12  # rows of the head's gradient that a 16-bit product is added to at a time
 IGNORED = -100  # the target of a row without loss
 GRAIN = 32  # rows; the CPU's matmul library keeps a plan for every shape, so there are to be few shapes
 
@@ -27,28 +28,6 @@ def _fill(hidden, targets):
     """Add rows of zeros, with target 0, up to a multiple of GRAIN; they add nothing to the gradient of the head."""
     missing = -len(targets) % GRAIN
     return F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
-
-
-class _Room:
-    """Room for logits, made once and used for all chunks: new tensors would cost more than the arithmetic on them.
-
-    `span` (rows, V) has hidden's dtype and holds the gradients of one chunk, or of as many as the head's gradient is
-    summed over in one matmul; in 16 bits the arithmetic of each chunk is done in another tensor, in fp32.
-    """
-
-    def __init__(self, hidden, weight, *, train_head: bool):
-        chunks = SPAN // (CHUNK * hidden.itemsize) if train_head else 1
-        self.rows = max(1, min(CHUNK * chunks, len(hidden)))
-        self.span = torch.empty(self.rows, len(weight), dtype=hidden.dtype, device=hidden.device)
-        self.wide = None
-        if wide_dtype(hidden.dtype) != hidden.dtype:
-            shape = (min(CHUNK, len(hidden)), len(weight))
-            self.wide = torch.empty(shape, dtype=wide_dtype(hidden.dtype), device=hidden.device)
-
-    def chunk(self, start: int, count: int):
-        """Return the places of `count` rows from row `start` on: wide, and in hidden's dtype (may be the same)."""
-        narrow = self.span[start % self.rows :][:count]
-        return narrow if self.wide is None else self.wide[:count], narrow
 
 
 def _chunk_gradient(hidden, weight, targets, wide, narrow, softcap):
@@ -73,35 +52,47 @@ def _chunk_gradient(hidden, weight, targets, wide, narrow, softcap):
     return losses, wide if narrow.dtype == wide.dtype else narrow.copy_(wide)
 
 
-def _add_span(total, gradient, hidden):
-    """Return total + gradient^T hidden, (V, D): in hidden's dtype for a first span, in fp32 for more."""
-    if total is None:
-        return gradient.T @ hidden
-    if total.dtype == hidden.dtype == wide_dtype(hidden.dtype):
-        return total.addmm_(gradient.T, hidden)
-    return total.to(wide_dtype(hidden.dtype)).add_(gradient.T @ hidden)
+def _add_product(total, gradient, hidden):
+    """Add gradient^T hidden to total (V, D), fp32; in 16 bits a slice of V at a time.
+
+    Torch cannot add a product of 16-bit factors to an fp32 sum on the CPU: it would make the product whole, and a
+    widened copy of it, 10 bytes for each of V x D where the sum alone takes 4.
+    """
+    if total.dtype == hidden.dtype:
+        total.addmm_(gradient.T, hidden)
+        return
+    for part, columns in zip(total.split(SLICE), gradient.split(SLICE, dim=1), strict=True):
+        part += columns.T @ hidden
 
 
 def _spans(hidden, weight, targets, softcap, *, train_head: bool, losses=None, dhidden=None, scale=None):
     """Go through all chunks; fill losses (N,) and dhidden (N, D) where given; return dW (V, D) if the head trains.
 
-    dW sums over rows of scale_i (softmax - onehot)_i h_i^T, with 1 for no scale.
+    dW sums over rows of scale_i (softmax - onehot)_i h_i^T, with 1 for no scale. Room for logits is made once and used
+    for all chunks: new tensors would cost more than the arithmetic on them. `span` holds the gradients of one chunk, or
+    of as many as dW is summed over in one matmul; in 16 bits a chunk's arithmetic is done in `wide`, in fp32.
     """
-    room, dweight = _Room(hidden, weight, train_head=train_head), None
-    for start in range(0, len(targets), room.rows):
-        end = min(start + room.rows, len(targets))
+    count, dtype, rows = len(hidden), wide_dtype(hidden.dtype), SPAN // hidden.itemsize if train_head else CHUNK
+    span = hidden.new_empty(min(rows, count), len(weight))
+    wide = None if hidden.dtype == dtype else hidden.new_empty(min(CHUNK, count), len(weight), dtype=dtype)
+    dweight = torch.zeros_like(weight, dtype=dtype) if train_head and count > rows else None
+    for start in range(0, count, rows):
+        end = min(start + rows, count)
         for first in range(start, end, CHUNK):
             part = slice(first, min(first + CHUNK, end))
-            place = room.chunk(first, part.stop - first)
-            loss, gradient = _chunk_gradient(hidden[part], weight, targets[part], *place, softcap)
+            narrow = span[first - start : part.stop - start]
+            place = narrow if wide is None else wide[: len(narrow)]
+            loss, gradient = _chunk_gradient(hidden[part], weight, targets[part], place, narrow, softcap)
             if losses is not None:
                 losses[part] = loss
             if dhidden is not None:
                 torch.mm(gradient, weight, out=dhidden[part])
             if scale is not None:
                 gradient.mul_(scale[part, None])
-        if train_head:
-            dweight = _add_span(dweight, room.span[: end - start], hidden[start:end])
+        if dweight is not None:
+            _add_product(dweight, span[: end - start], hidden[start:end])
+        elif train_head:  # one span
+            dweight = span[:end].T @ hidden
     return dweight if dweight is None else dweight.to(weight.dtype)
 
 

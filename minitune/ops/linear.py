@@ -101,17 +101,9 @@ def _join_adapters(adapters, sizes, like):
 
     A projection without adapter has no rows in the first and zero rows in the second.
     """
-    present = [adapter for adapter in adapters if adapter is not None]
-    a = torch.cat([adapter.A for adapter in present]).to(like.dtype)
-    b = torch.zeros(sum(sizes), a.shape[0], dtype=like.dtype, device=like.device)
-    row = column = 0
-    for size, adapter in zip(sizes, adapters, strict=True):
-        if adapter is not None:
-            rank = adapter.A.shape[0]
-            b[row : row + size, column : column + rank] = adapter.B * adapter.scaling
-            column += rank
-        row += size
-    return a, b
+    a = torch.cat([adapter.A for adapter in adapters if adapter is not None]).to(like.dtype)
+    blocks = [a.new_zeros(n, 0) if one is None else one.B * one.scaling for n, one in zip(sizes, adapters, strict=True)]
+    return a, torch.block_diag(*blocks).to(like.dtype)
 
 
 class _Projections(torch.autograd.Function):
@@ -152,13 +144,14 @@ class _Projections(torch.autograd.Function):
         dx = dy @ _join(weights, flat) if ctx.needs_input_grad[0] else None
         grads: list[torch.Tensor | None] = [None] * len(tensors)
         if factors:
-            a, b = _join_adapters(_adapters(ctx.scalings, factors), sizes, flat)
+            adapters = _adapters(ctx.scalings, factors)
+            a, b = _join_adapters(adapters, sizes, flat)
             du = dy @ b  # (N, sum R)
             if dx is not None:
                 dx = dx.addmm_(du, a) if keep is None else dx.add_((du @ a).mul_(keep))
             da = du.T @ (flat if keep is None else flat * keep)
             db = dy.T @ u
-            grads[2 * count :] = _split_adapters(da, db, ctx.scalings, factors, sizes)
+            grads[2 * count :] = _split_adapters(da, db, adapters, sizes)
         if any(needs[:count]):
             dw = (dy.T @ flat).split(sizes)
             grads[:count] = [part if need else None for part, need in zip(dw, needs[:count], strict=True)]
@@ -207,16 +200,14 @@ def _quantized(x, weight, bias, adapter):
     return y if bias is None else y + bias
 
 
-def _split_adapters(da, db, scalings, factors, sizes) -> list[torch.Tensor]:
+def _split_adapters(da, db, adapters, sizes) -> list[torch.Tensor]:
     """Cut each adapter's own rows out of dA (sum R, in), and its block out of dB (sum out, sum R)."""
-    grads, row, column = [], 0, 0
-    for size, adapter in zip(sizes, _adapters(scalings, factors), strict=True):
+    ranks = [0 if adapter is None else len(adapter.A) for adapter in adapters]
+    grads = []
+    for i, (adapter, part, rows) in enumerate(zip(adapters, da.split(ranks), db.split(sizes), strict=True)):
         if adapter is not None:
-            rank = adapter.A.shape[0]
-            grads.append(da[column : column + rank].to(adapter.A.dtype))
-            grads.append(db[row : row + size, column : column + rank].to(adapter.B.dtype) * adapter.scaling)
-            column += rank
-        row += size
+            block = rows.split(ranks, dim=1)[i]
+            grads += [part.to(adapter.A.dtype), block.to(adapter.B.dtype) * adapter.scaling]
     return grads
 
 

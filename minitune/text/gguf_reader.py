@@ -5,6 +5,7 @@ The package's own makes several array views for each element of an array, 2.7 s 
 """
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -39,10 +40,11 @@ class _Reader(gguf.GGUFReader):
         return at - orig_offs, parts, list(range(count)), types
 
 
-def open_reader(path: Path) -> gguf.GGUFReader:
-    """Return a reader of the file's `fields` and `tensors`; counts are bounded before any is believed.
+def read_file(path: Path, *, arrays: bool) -> tuple[dict[str, Any], list[gguf.ReaderTensor]]:
+    """Return a file's metadata, with None for each array unless `arrays`, and where its tensors lie.
 
-    Raises CheckpointError for a file that is missing, not GGUF, truncated or damaged.
+    Counts are bounded before any is believed. Raises CheckpointError for a file that is missing, not GGUF, truncated
+    or damaged.
     """
     try:
         with open(path, "rb") as stream:
@@ -55,6 +57,15 @@ def open_reader(path: Path) -> gguf.GGUFReader:
     if len(head) < 24 or tensors * 24 > size or fields > _MAX_FIELDS:
         raise CheckpointError(f"{path} is damaged: {tensors:,} tensors and {fields:,} fields in {size:,} bytes")
     try:
-        return _Reader(path)
+        reader = _Reader(path)
+        return {name: _value(field, arrays) for name, field in reader.fields.items()}, reader.tensors
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from None
+
+
+def _value(field: gguf.ReaderField, arrays: bool) -> Any:
+    """Return a field's content; an fp32 number as its shortest decimal (1e-05, not 9.99999975e-06)."""
+    if field.types[0] == gguf.GGUFValueType.ARRAY and not arrays:
+        return None
+    value = field.contents()
+    return float(str(np.float32(value))) if field.types[0] == gguf.GGUFValueType.FLOAT32 else value

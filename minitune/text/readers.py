@@ -10,13 +10,13 @@ GGUF stores only the name of the split into words. The splits below are those th
 tokenizer.json give to these names; an unknown name is refused, since a guess would tokenise almost right, silently.
 """
 
-import json
 from math import copysign
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from minitune.errors import CheckpointError, nearest, type_name
+from minitune.errors import CheckpointError, nearest
+from minitune.files import read_json
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 SAMPLE = "The ①②, ﬁne  Ａ\u3000ｶﾞ caf\u00e9 cafe\u0301\t\n\nx=1;  don't 世界 🎉 "
@@ -33,7 +33,7 @@ def read_folder(folder: Path) -> tuple[Tokenizer, dict, list[int]]:
     """
     settings, ends = _settings(folder), []
     for name in ("generation_config.json", "config.json"):
-        found = _read_json(folder / name).get("eos_token_id")
+        found = read_json(folder / name, optional=True).get("eos_token_id")
         ends += found if isinstance(found, list) else [] if found is None else [found]
     if (folder / "tokenizer.json").is_file():
         try:
@@ -57,23 +57,12 @@ def _instead(folder: Path) -> str:
     return "no tokenizer.json or tokenizer.model; copy the model's files there"
 
 
-def _read_json(file: Path) -> dict:
-    """Return a JSON object, {} where the file does not exist."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds {type_name(content)}, not an object; fetch it again")
-    return content
-
-
 def _settings(folder: Path) -> dict:
     """Gather tokenizer_config.json, the earlier files beside it and the chat template's own file into one dict."""
-    settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-    for content, id in _read_json(folder / "added_tokens.json").items():
+    names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
+    special, settings, added = (read_json(folder / name, optional=True) for name in names)
+    settings = special | settings
+    for content, id in added.items():
         settings.setdefault("added_tokens_decoder", {}).setdefault(str(id), {"content": content, "special": True})
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones
@@ -159,7 +148,9 @@ def read_gguf(path: Path) -> tuple[Tokenizer, dict, list[int]]:
 
     Raises CheckpointError where the file is damaged, or its kind of tokenizer or split is unknown.
     """
-    metadata = _gguf_metadata(path)
+    from minitune.text.gguf_reader import read_file  # loads numpy
+
+    metadata = {name.removeprefix("tokenizer."): value for name, value in read_file(path, arrays=True)[0].items()}
     tokens, kind, split = (metadata.get(name) for name in ("ggml.tokens", "ggml.model", "ggml.pre"))
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     ids = {name: metadata.get(f"ggml.{name}_token_id") for name in (*names, "eot", "eom")}
@@ -186,14 +177,3 @@ def read_gguf(path: Path) -> tuple[Tokenizer, dict, list[int]]:
     settings = {key: tokens[ids[name]] for name, key in names.items() if ids[name] is not None}
     settings |= {"clean_up_tokenization_spaces": False, "chat_template": metadata.get("chat_template")}
     return tokenizer, settings, [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
-
-
-def _gguf_metadata(path: Path) -> dict:
-    """Return the fields under `tokenizer.`."""
-    from minitune.text.gguf_reader import open_reader  # loads numpy
-
-    fields, prefix = open_reader(path).fields, "tokenizer."
-    try:
-        return {name.removeprefix(prefix): f.contents() for name, f in fields.items() if name.startswith(prefix)}
-    except (ValueError, KeyError, IndexError, OverflowError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from error

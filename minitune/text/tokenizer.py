@@ -8,13 +8,13 @@ change what the user wrote. A control token is one that its maker flags special,
 writes around turns (DeepSeek's `<|User|>` is not flagged). All others, `<think>` or runs of spaces, are text.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 from minitune.errors import CheckpointError, ConfigError, DataError, MinituneError
+from minitune.files import write_json
 from minitune.text.encoder import Encoder, Place
 from minitune.text.readers import read_folder, read_gguf
 from minitune.text.stream import StreamDecoder
@@ -197,5 +197,4 @@ class Tokenizer:
         code = ("auto_map", "tokenizer_class")  # tokenizer.json is complete: no class may rebuild parts of it
         settings = {name: value for name, value in self.settings.items() if value is not None and name not in code}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(content, encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", settings)

@@ -138,7 +138,7 @@ def test_index_must_tell_the_truth(tiny_folder, tmp_path):
     with pytest.raises(CheckpointError, match="weight_map"):
         load_model(folder)
     index.write_text("{")
-    with pytest.raises(CheckpointError, match="is not JSON"):
+    with pytest.raises(CheckpointError, match="not valid JSON"):
         load_model(folder)
 
 

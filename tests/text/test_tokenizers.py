@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitune.errors import CheckpointError, ConfigError, DataError
-from minitune.text.readers import _gguf_metadata
+from minitune.text.gguf_reader import read_file
 from minitune.text.stream import byte_level_alphabet
 from minitune.text.tokenizer import load_tokenizer
 
@@ -68,9 +68,9 @@ def smollm2(smollm2_path):
 
 
 def test_smollm2_ids_equal_byte_pair_encoding_by_hand(smollm2, smollm2_path):
-    fields = _gguf_metadata(smollm2_path)
-    vocabulary = {token: id for id, token in enumerate(fields["ggml.tokens"])}
-    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(fields["ggml.merges"])}
+    fields, _ = read_file(smollm2_path, arrays=True)
+    vocabulary = {token: id for id, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(fields["tokenizer.ggml.merges"])}
     shuffled = random.Random(0)
     alphabet = [character for text in TEXTS for character in text]
     mixtures = ["".join(shuffled.choices(alphabet, k=30)) for _ in range(200)]

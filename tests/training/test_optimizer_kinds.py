@@ -334,6 +334,19 @@ def test_each_parameter_is_updated_once_also_the_tied_embedding(model_folder, tm
     assert seen[-1] == "model.embed_tokens.weight", "its gradient is whole only when the first layer is done"
 
 
+def test_a_backward_pass_after_the_step_updates_nothing():
+    weight = nn.Parameter(torch.ones(2, 2))
+    config = OptimizerConfig("sgd", 0.5, max_grad_norm=None)
+    optimizer = Optimizer({"weight": weight}, config, fused_backward=True)
+    for expected in (0.5, 0.0):  # 1 - 0.5 x 1, and once more
+        optimizer.begin(1, 0.5)
+        weight.sum().backward()
+        optimizer.step(0.5)
+        assert torch.equal(weight, torch.full((2, 2), expected))
+    weight.sum().backward()
+    assert torch.equal(weight, torch.zeros(2, 2)) and torch.equal(weight.grad, torch.ones(2, 2))
+
+
 BAD = "model.layers.0.mlp.down_proj.weight"
 
 

@@ -1,4 +1,4 @@
-"""The default run on a tiny model: data without leaks, every step, and what happens when it is repeated."""
+"""`make train` on a tiny model: data without leaks, every step, and what happens when it is repeated."""
 
 import csv
 import dataclasses
@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from minitune import demo, sources
+from examples import sentiment
+from minitune import sources
 from minitune.errors import ConfigError, DataError
 from minitune.training import run as training
 
@@ -55,41 +56,41 @@ def no_work(*_):
 
 
 def test_splits_share_no_review(reviews):
-    config = demo.DemoConfig(train_rows=100, validation_rows=12, test_rows=12)
-    splits = demo.split_reviews(reviews, config)
+    config = sentiment.DemoConfig(train_rows=100, validation_rows=12, test_rows=12)
+    splits = sentiment.split_reviews(reviews, config)
     texts = [one.text.lower() for part in splits.values() for one in part]
     assert len(texts) == len(set(texts)) == 124
     assert not any(text.startswith("other") for text in texts)
     assert {one.label for one in splits["test"]} == {"positive", "negative"}
     for one in splits["train"]:
         assert one.label == ("positive" if int(one.text.split()[-1]) % 2 else "negative")
-    assert demo.split_reviews(reviews, config) == splits
-    assert demo.split_reviews(reviews, dataclasses.replace(config, seed=1)) != splits
+    assert sentiment.split_reviews(reviews, config) == splits
+    assert sentiment.split_reviews(reviews, dataclasses.replace(config, seed=1)) != splits
     # Fewer rows are the first of more: sizes can change without mixing test into training.
-    fewer = demo.split_reviews(reviews, dataclasses.replace(config, train_rows=50))
+    fewer = sentiment.split_reviews(reviews, dataclasses.replace(config, train_rows=50))
     assert fewer["train"] == splits["train"][:50] and fewer["test"] == splits["test"]
     with pytest.raises(DataError, match="test reviews, 500 asked for; lower test_rows"):
-        demo.split_reviews(reviews, dataclasses.replace(config, test_rows=500))
+        sentiment.split_reviews(reviews, dataclasses.replace(config, test_rows=500))
 
 
 def test_prompts_hold_the_review_as_it_is():
-    one, shot = demo.Review("{braces} {}", "negative"), demo.Review("fine", "positive")
-    for template in demo.TEMPLATES:
-        messages = demo.ask(one, template, [shot])
+    one, shot = sentiment.Review("{braces} {}", "negative"), sentiment.Review("fine", "positive")
+    for template in sentiment.TEMPLATES:
+        messages = sentiment.ask(one, template, [shot])
         assert "{braces} {}" in messages[-1]["content"]
         assert [turn["role"] for turn in messages[-3:]] == ["user", "assistant", "user"]
         assert messages[-2]["content"] == "positive"
 
 
 def test_whole_run_then_again(stage, tmp_path, monkeypatch, capsys):
-    demo.main(stage)
+    sentiment.main(stage)
     result = json.loads((tmp_path / "run/results.json").read_text())
     assert set(result) == {"base", "tuned", "seconds", "peak_rss_mb", "steps", "target_tokens"}
     wanted = {"accuracy", "accuracy_interval", "macro_f1", "format_compliance", "perplexity", "rows"}
     for part in ("base", "tuned"):
         assert wanted <= set(result[part])
         assert result[part]["rows"] == 10
-    assert len(result["base"]["prompts_tried"]) == len(demo.TEMPLATES) + len(demo.SHOWN)
+    assert len(result["base"]["prompts_tried"]) == len(sentiment.TEMPLATES) + len(sentiment.SHOWN)
     best = max(result["base"]["prompts_tried"].values())
     assert result["base"]["prompts_tried"][result["base"]["prompt"]] == best
     # A target is the label's letters, one token each here, and the end of the turn.
@@ -99,9 +100,9 @@ def test_whole_run_then_again(stage, tmp_path, monkeypatch, capsys):
     assert "format compliance" in printed and "minitune.generate --model" in printed
     # Again: nothing is done, the same table.
     monkeypatch.setattr(training, "train", no_work)
-    monkeypatch.setattr(demo.Measured, "base", no_work)
-    monkeypatch.setattr(demo.Measured, "tuned", no_work)
-    demo.main(stage)
+    monkeypatch.setattr(sentiment.Measured, "base", no_work)
+    monkeypatch.setattr(sentiment.Measured, "tuned", no_work)
+    sentiment.main(stage)
     again = capsys.readouterr().out
     assert "base: done before" in again and "tuned: done before" in again
     assert again[again.index("macro-F1") :] == printed[printed.index("macro-F1") :]
@@ -109,25 +110,27 @@ def test_whole_run_then_again(stage, tmp_path, monkeypatch, capsys):
 
 
 def test_a_changed_setting_and_a_lost_or_damaged_result_do_a_step_again(stage, tmp_path, monkeypatch):
-    demo.main(stage)
+    sentiment.main(stage)
     calls = []
-    base, tuned, train = demo.Measured.base, demo.Measured.tuned, training.train
-    monkeypatch.setattr(demo.Measured, "base", lambda self: calls.append("base") or base(self))
-    monkeypatch.setattr(demo.Measured, "tuned", lambda self, adapter: calls.append("tuned") or tuned(self, adapter))
+    base, tuned, train = sentiment.Measured.base, sentiment.Measured.tuned, training.train
+    monkeypatch.setattr(sentiment.Measured, "base", lambda self: calls.append("base") or base(self))
+    monkeypatch.setattr(
+        sentiment.Measured, "tuned", lambda self, adapter: calls.append("tuned") or tuned(self, adapter)
+    )
     monkeypatch.setattr(training, "train", lambda config: calls.append("train") or train(config))
     (tmp_path / "run/tuned.json").write_text('{"key": ')
-    demo.main(stage)
+    sentiment.main(stage)
     assert calls == ["tuned"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("rank: 2", "rank: 3"))
-    demo.main(stage)
+    sentiment.main(stage)
     assert calls == ["tuned", "train", "tuned"]
-    demo.main([*stage, "--perplexity_tokens", "50"])
+    sentiment.main([*stage, "--perplexity_tokens", "50"])
     assert calls == ["tuned", "train", "tuned", "base", "train", "tuned"]
 
 
 def test_an_interrupted_training_goes_on(stage, tmp_path, monkeypatch, capsys):
-    demo.main(stage)
+    sentiment.main(stage)
     (tmp_path / "run/training.json").unlink()  # as if it had been killed at the end of training
     seen = []
     train = training.train
@@ -138,24 +141,24 @@ def test_an_interrupted_training_goes_on(stage, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(training, "train", stopped)
     with pytest.raises(SystemExit) as exit:
-        demo.main(stage)
+        sentiment.main(stage)
     assert exit.value.code == 143
     assert "the same command goes on" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # nothing was kept as done; with another recipe it begins anew
-        demo.main([*stage, "--seed", "1"])
+        sentiment.main([*stage, "--seed", "1"])
     assert seen == [(True, False), (False, True)]
 
 
 def test_sizes_without_meaning_are_refused():
     with pytest.raises(ConfigError, match="test_rows is 3; it must be at least 8"):
-        demo.main(["--test_rows", "3"])
+        sentiment.main(["--test_rows", "3"])
     with pytest.raises(ConfigError, match="seed is -1"):
-        demo.main(["--seed=-1"])
+        sentiment.main(["--seed=-1"])
 
 
 def test_an_output_that_is_a_file_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "fetch", no_work)
     (tmp_path / "notes.txt").write_text("years of work")
     with pytest.raises(ConfigError, match="output .*notes.txt is a file; name a folder"):
-        demo.main(["--output", str(tmp_path / "notes.txt")])
+        sentiment.main(["--output", str(tmp_path / "notes.txt")])
     assert (tmp_path / "notes.txt").read_text() == "years of work"

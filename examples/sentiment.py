@@ -1,6 +1,6 @@
-"""Command: the whole way from a published model to a better one, on two cores, in minutes.
+"""The whole way from a published model to a better one, on two cores, in minutes.
 
-    python -m minitune.demo
+    python -m examples.sentiment
 
 Fetches SmolLM2-135M-Instruct and film reviews, finds the prompt that serves the untrained model best, measures
 it, fine-tunes it with LoRA, measures again on rows that no other step saw, and says what was gained and what
@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from minitune.cli import parse
 from minitune.errors import ConfigError, DataError, check_seed, counted, run_command
+from minitune.loading import ModelOptions
 from minitune.training.config import TrainConfig
 
 LABELS = {"1": "positive", "0": "negative"}
@@ -88,7 +89,7 @@ class Review:
 
 def main(argv: list[str] | None = None) -> None:
     """Do the steps that are not done yet and print the table."""
-    config = parse(DemoConfig, argv, prog="python -m minitune.demo", description=__doc__.split("\n")[0])
+    config = parse(DemoConfig, argv, prog="python -m examples.sentiment", description=__doc__.split("\n")[0])
     from minitune.files import file_sha256
     from minitune.sources import fetch
 
@@ -251,16 +252,7 @@ class Measured:
         return {"prompt": f"{TRAINED}, 0 examples"} | self._measure(model, tokenizer, TRAINED, [])
 
     def _load(self, adapter: Path | None) -> tuple[Any, Any]:
-        from minitune.checkpoint.load import load_model, load_tokenizer
-        from minitune.device import choose_device, choose_dtype
-
-        device = choose_device()
-        model = load_model(
-            self.model, dtype=choose_dtype("auto", device), device=device, adapter=adapter, quantize="auto"
-        )
-        tokenizer = load_tokenizer(self.model)
-        tokenizer.check_fits(model.config.vocab_size)
-        return model, tokenizer
+        return ModelOptions(model=str(self.model), adapter=adapter and str(adapter)).load()
 
     def _measure(self, model: Any, tokenizer: Any, template: str, shots: list[Review]) -> dict[str, Any]:
         from tqdm import tqdm
