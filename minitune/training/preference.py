@@ -64,7 +64,7 @@ def _pairs(model, batch, kind: str, options: PreferenceOptions):
     means = sums / counts
     referenced = kind in REFERENCED
     ratios = sums - reference_log_probabilities(model, batch) if referenced else sums
-    measured = ratios / counts if options.length_normalized else means if kind == "simpo" else ratios
+    measured = ratios / counts if options.length_normalized else means if kind in ("simpo", "orpo") else ratios
     chosen, rejected = measured[::2], measured[1::2]
     margin, beta = chosen - rejected, options.beta
     if kind in ("dpo", "cpo"):
