@@ -50,8 +50,10 @@ def config_of(kind, *, method="lora", dropout=0.0, accumulation=1, steps=1, rate
     """Return the resolved configuration of a run at a constant rate."""
     return TrainConfig(
         data="x", objective=kind, preference=PreferenceOptions(**options), method=method, max_steps=steps,
-        accumulation_steps=accumulation, lora=LoRAOptions(rank=4, dropout=dropout) if method == "lora" else LoRAOptions(),
-        optimizer=OptimizerConfig(learning_rate=rate, max_grad_norm=clip), schedule=ScheduleConfig("constant", warmup=0),
+        accumulation_steps=accumulation,
+        lora=LoRAOptions(rank=4, dropout=dropout) if method == "lora" else LoRAOptions(),
+        optimizer=OptimizerConfig(learning_rate=rate, max_grad_norm=clip),
+        schedule=ScheduleConfig("constant", warmup=0),
     ).resolved()  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import torch
 
 from minitune.checkpoint.adapter import save_adapter
 from minitune.safetensors_io import read_tensors
-from tests.training.preferences import PAD, batch_of, config_of, judged, pairs, prepared, trained
+from tests.training.preferences import batch_of, config_of, judged, pairs, prepared, trained
 
 pytest.importorskip("trl")
 STEPS, RATE = 20, 1e-3
@@ -154,3 +154,126 @@ def test_reward_trainer(tiny_model, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, dtype=torch.float32, num_labels=1)
     logged, tensors = their_run(tiny_model, tmp_path, RewardTrainer, RewardConfig, rows, 2, 2, model=model)
     assert_same(lines, logged, tmp_path, tensors, {"margin": "margin", "accuracy": "accuracy"})
+
+
+KINDS = {  # the same for CPOTrainer and ORPOTrainer; the last number is the prompts' length, None for ragged ones
+    "simpo": (
+        "CPO", {"beta": 2.0, "gamma": 0.7}, {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0},
+        REWARDS, 2, None,
+    ),
+    "cpo": ("CPO", {"beta": 0.2}, {"loss_type": "sigmoid", "beta": 0.2, "cpo_alpha": 1.0}, REWARDS | SUMS, 1, None),
+    "cpo-smoothed": (
+        "CPO", {"beta": 0.2, "label_smoothing": 0.2, "sft_weight": 0.5},
+        {"loss_type": "sigmoid", "beta": 0.2, "label_smoothing": 0.2, "cpo_alpha": 0.5}, REWARDS | SUMS, 1, None,
+    ),
+    "orpo": ("ORPO", {"beta": 0.3}, {"beta": 0.3}, REWARDS, 1, 1),
+}  # fmt: skip
+
+
+def trl_reference_free(name):
+    """Return the trainer and the config class of CPO or ORPO."""
+    from trl.experimental import cpo, orpo
+
+    return (cpo.CPOTrainer, cpo.CPOConfig) if name == "CPO" else (orpo.ORPOTrainer, orpo.ORPOConfig)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_trainers_without_reference(tiny_model, tmp_path, name):
+    """With an answer's loss beside it, micro-batches of one pair: their mean is then over that answer's tokens alone.
+
+    In ORPO the prompt is one token long, which nothing predicts, so that it adds nothing to their mean.
+    """
+    trainer, ours, theirs, same, batch, prompt = KINDS[name]
+    micro = [pairs(shapes(i, batch, prompt), seed=i) for i in range(2 * STEPS)]
+    lines = our_run(tiny_model, tmp_path, name.split("-")[0], micro, 2, **ours)
+    rows = [labelled_row(pair) for items in micro for pair in items]
+    logged, tensors = their_run(tiny_model, tmp_path, *trl_reference_free(trainer), rows, batch, 2, **theirs)
+    assert_same(lines, logged, tmp_path, tensors, same)
+
+
+def test_kto_trainer(tiny_model, tmp_path):
+    """The mismatched answers are turned within micro-batches here, as TRL does, two of each label in every one."""
+    from trl import KTOConfig, KTOTrainer
+
+    micro = []
+    for i in range(2 * STEPS):
+        sizes = [(prompt, answer, (i // 2 + j) // 2 % 2) for j, (prompt, answer, _) in enumerate(shapes(i, 4))]
+        micro.append(judged(sizes, seed=i))
+    options = {"beta": 0.3, "desirable_weight": 1.25, "undesirable_weight": 0.75}
+    lines = our_run(tiny_model, tmp_path, "kto", micro, 2, **options)
+    rows = []
+    for item in (item for items in micro for item in items):
+        prompt, start = list(item.example.prompt), len(item.example.prompt)
+        answers = {"completion_ids": item.example.ids[start:], "KL_completion_ids": item.mismatched.ids[start:]}
+        rows.append({"prompt_ids": prompt, **{k: list(v) for k, v in answers.items()}, "label": item.desirable})
+    logged, tensors = their_run(tiny_model, tmp_path, KTOTrainer, KTOConfig, rows, 4, 2, **options)
+    same = {"kl": "kl", "chosen_reward": "rewards/chosen", "rejected_reward": "rewards/rejected"}
+    assert_same(lines, logged, tmp_path, tensors, same | SUMS)
+    assert max(line["kl"] for line in lines) > 0.1  # the baseline was more than its floor of 0
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+def test_label_smoothing_has_an_effect_here_and_none_in_trl(tiny_model, tmp_path):
+    """Mitchell 2023: -(1 - e) log s(z) - e log s(-z), z = beta d the margin; one pair a step, so z is logged."""
+    from trl import DPOConfig, DPOTrainer
+
+    micro, e = [pairs(shapes(i, 1), seed=i) for i in range(STEPS)], 0.2
+    lines = our_run(tiny_model, tmp_path, "dpo", micro, 1, beta=0.3, label_smoothing=e)
+    rows = [row_of(pair) for (pair,) in micro]
+    options = {"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": e}
+    logged, _ = their_run(tiny_model, tmp_path, DPOTrainer, DPOConfig, rows, 1, 1, **options)
+    smoothed = [-(1 - e) * log_sigmoid(line["margin"]) - e * log_sigmoid(-line["margin"]) for line in lines]
+    assert [line["loss"] for line in lines] == pytest.approx(smoothed, abs=1e-6)
+    plain = [-log_sigmoid(line["rewards/margins"]) for line in logged]
+    assert [line["loss"] for line in logged] == pytest.approx(plain, abs=1e-6)
+    assert lines[0]["margin"] == pytest.approx(logged[0]["rewards/margins"], abs=1e-6)
+    assert abs(lines[0]["loss"] - logged[0]["loss"]) > 1e-3
+
+
+def test_ipo_sums_here_and_takes_means_in_trl(tiny_model, tmp_path):
+    """Azar et al. 2023, equation 17: (d - 1 / (2 tau))^2 with d of whole answers, which is TRL's margin over beta."""
+    from trl import DPOConfig, DPOTrainer
+
+    micro = [pairs(shapes(i + 1, 1), seed=i) for i in range(STEPS)]
+    lines = our_run(tiny_model, tmp_path, "ipo", micro, 1, beta=0.2)
+    rows = [row_of(pair) for (pair,) in micro]
+    logged, _ = their_run(tiny_model, tmp_path, DPOTrainer, DPOConfig, rows, 1, 1, loss_type="ipo", beta=0.2)
+    whole = [(line["margin"] / 0.2 - 2.5) ** 2 for line in lines]
+    assert [line["loss"] for line in lines] == pytest.approx(whole, rel=1e-5)
+    assert lines[0]["margin"] == pytest.approx(logged[0]["rewards/margins"], abs=1e-6)
+    lengths = [len(side.ids) - len(side.prompt) for side in micro[0][0].documents]
+    rewards = [logged[0][f"rewards/{side}"] / 0.2 / n for side, n in zip(("chosen", "rejected"), lengths, strict=True)]
+    assert logged[0]["loss"] == pytest.approx((rewards[0] - rewards[1] - 2.5) ** 2, rel=1e-4)
+    assert abs(lines[0]["loss"] - logged[0]["loss"]) > 1e-2
+
+
+@pytest.mark.parametrize("trainer", ["CPO", "ORPO"])
+def test_the_chosen_answers_loss_is_a_mean_over_answers_here_and_over_a_batchs_tokens_in_trl(
+    tiny_model, tmp_path, trainer
+):
+    """Both means are made here from transformers' own logits; the rest of the loss is the same."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    kind = trainer.lower()
+    micro = [pairs([(4, 3, 6), (7, 20, 5)], seed=i) for i in range(STEPS)]
+    lines = our_run(tiny_model, tmp_path, kind, micro, 1, beta=0.3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, tmp_path / "start")
+    answers, pooled = [], []
+    for pair in micro[0]:
+        ids, start = torch.tensor([pair.chosen.ids]), len(pair.chosen.prompt)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        answers.append(losses[start - 1 :].mean())
+        pooled.append(losses if trainer == "ORPO" else losses[start - 1 :])
+    ours, theirs = float(torch.stack(answers).mean()), float(torch.cat(pooled).mean())
+    rows = [labelled_row(pair) for items in micro for pair in items]
+    logged, _ = their_run(tiny_model, tmp_path, *trl_reference_free(trainer), rows, 2, 1, beta=0.3)
+    assert abs(ours - theirs) > 1e-2
+    assert logged[0]["nll_loss"] == pytest.approx(theirs, abs=1e-5)
+    assert lines[0]["loss"] - ours == pytest.approx(logged[0]["loss"] - theirs, abs=1e-5)
