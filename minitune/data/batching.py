@@ -167,6 +167,15 @@ def plan_batches(
     return [batches[i] for i in shuffled(len(batches), seed, epoch, "batches")]
 
 
+def plan_items(items: Sequence[Item], *, max_length: int, **options: int) -> list[list[list[int]]]:
+    """Return `plan_batches` of whole items, which are never split; max_length is that of a document.
+
+    A row has room for as many documents of that length as an item has.
+    """
+    room = max_length * max((len(item.documents) for item in items), default=1)
+    return plan_batches([sum(len(d.ids) for d in item.documents) for item in items], max_length=room, **options)
+
+
 def _best_fit(order: list[int], lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Pack the longest first, each example into the row it fills best; equals go in the given order."""
     rows: list[list[int]] = []

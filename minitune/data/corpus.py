@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minitune.data.batching import Batch, collate, collate_preferences, mix, plan_batches
-from minitune.data.examples import Example, Survey, TrainOn, Truncate, row_origin, survey_examples
+from minitune.data.batching import Batch, collate, collate_preferences, mix, plan_items
+from minitune.data.examples import Example, Survey, TrainOn, Truncate, row_origin
 from minitune.data.formats import FormatName, Kind, read_records
-from minitune.data.pairing import PreferenceSurvey, checked_preferences, preference_counts, survey_preferences
+from minitune.data.pairing import PreferenceSurvey, checked_preferences, preference_counts, survey_records
 from minitune.data.preference_formats import FORMATS_OF
-from minitune.data.preferences import Item
+from minitune.data.preferences import Item, item_ids
 from minitune.data.splits import question_key, split_by_hash
 from minitune.errors import DataError
 from minitune.files import file_sha256
@@ -57,18 +57,13 @@ class Corpus:
 
     def leaked(self) -> int:
         """Return how many validation items are training items too."""
-        learned = {_ids(item) for items, _ in self.training for item in items}
-        return sum(_ids(item) in learned for item in self.validation)
-
-
-def _ids(item: Item) -> tuple[tuple[int, ...], ...]:
-    """Return the token ids of each document of an item."""
-    return tuple(document.ids for document in item.documents)
+        learned = {item_ids(item) for items, _ in self.training for item in items}
+        return sum(item_ids(item) in learned for item in self.validation)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The batches of a run. `pad_id` fills short rows; the rest is as in `plan_batches`."""
+    """The batches of a run. `pad_id` fills short rows; the rest is as in `plan_items`."""
 
     corpus: Corpus
     batch_size: int
@@ -102,11 +97,8 @@ class Stream:
         return items, self._plan(items, epoch)
 
     def _plan(self, items: list[Item], epoch: int) -> list[list[list[int]]]:
-        """Return an epoch's batches; a row has room for as many whole documents as an item has."""
-        lengths = [sum(map(len, _ids(item))) for item in items]
-        room = self.max_length * max((len(item.documents) for item in items), default=1)
-        options = {"batch_size": self.batch_size, "packing": self.packing}
-        return plan_batches(lengths, max_length=room, seed=self.seed, epoch=epoch, **options)
+        options = {"batch_size": self.batch_size, "max_length": self.max_length, "packing": self.packing}
+        return plan_items(items, seed=self.seed, epoch=epoch, **options)
 
     def _collate(self, items: list[Item], rows: list[list[int]]) -> Batch:
         chosen = [[items[i] for i in row] for row in rows]
@@ -157,7 +149,7 @@ def _split(
     The rows are encoded before they are split: a part whose rows are all left out is empty, not an error.
     """
     records = read_records(source.path, source.format, source.columns, FORMATS_OF[kind])
-    survey = (survey_examples if kind == "examples" else survey_preferences)(records, tokenizer, **vars(encoding))
+    survey = survey_records(kind, records, tokenizer, **vars(encoding))
     if problem := survey.problem():
         raise DataError(problem)
     items = survey.examples

@@ -50,6 +50,11 @@ class Example:
         return (self,)
 
     @property
+    def scored(self) -> tuple["Example", ...]:
+        """Return the documents that a reference model scores; see `preferences.Judged`."""
+        return self.documents
+
+    @property
     def prompt(self) -> tuple[int, ...]:
         """Return the ids before the first target."""
         return self.ids[: self.targets.index(True)]

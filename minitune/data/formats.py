@@ -135,7 +135,8 @@ def detect_format(fields: dict[str, Any], origin: str, formats: "dict[str, Forma
     if fitting:
         raise DataError(f"{origin}: the fields {found} fit {' and '.join(fitting)}; choose one with format")
     required = [field for known in formats.values() for field in known.required]
-    strange = [name for name in fields if name not in required and nearest(name, required)]
+    telling = {field for known in FORMATS.values() for field in known.required} | _TELLING
+    strange = [name for name in fields if name not in telling and nearest(name, required)]
     hints = [f"{nearest(name, required)[:-1]} for '{name}'?" for name in strange]
     known = "; ".join(f"{name}: {', '.join(f.required)}" for name, f in formats.items())
     if (kind := kind_of(fields)) and not hints:
@@ -143,6 +144,9 @@ def detect_format(fields: dict[str, Any], origin: str, formats: "dict[str, Forma
         remedy = f"train with --objective {objective}, or give other rows ({known})"
         raise DataError(f"{origin}: the fields {found} are those of {what}; {remedy}")
     raise DataError(f"{origin}: the fields {found} fit no format{''.join(hints[:1])}; rename or map them ({known})")
+
+
+_TELLING = {"chosen", "rejected", "completions", "label"}  # the fields by which the other kinds are told
 
 
 def kind_of(fields: dict[str, Any]) -> Kind | None:
@@ -154,6 +158,16 @@ def kind_of(fields: dict[str, Any]) -> Kind | None:
         return None
     marked = str(fields.get("label")).lower() in ("true", "false")
     return "judged" if marked and fitting != ["text"] else "examples"
+
+
+def file_kind(path: str | Path, columns: dict[str, str] | None = None) -> Kind:
+    """Return what a file's first sound row is for; "examples" where that cannot be told."""
+    try:
+        first = next((fields for _, fields in read_rows(path) if not isinstance(fields, RowError)), {})
+    except DataError:
+        return "examples"
+    renamed = {ours: first[theirs] for ours, theirs in (columns or {}).items() if theirs in first}
+    return kind_of(first | renamed) or "examples"
 
 
 def _renamed(

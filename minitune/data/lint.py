@@ -1,7 +1,7 @@
 """What the model will see of some data files, and whether training would refuse them.
 
-The work is done by the functions that training calls (`scan_records`, `survey_examples`, `mix`,
-`plan_batches`); where those raise at the first problem, this collects all of them by kind. A separate checker
+The work is done by the functions that training calls (`scan_records`, `survey_records`, `mix`,
+`plan_items`); where those raise at the first problem, this collects all of them by kind. A separate checker
 was rejected: it would sooner or later accept what training refuses.
 """
 
@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from minitune.data.batching import efficiency, mix, mixed_counts, plan_batches
-from minitune.data.examples import Example, Survey, TrainOn, Truncate, percentiles, survey_examples
-from minitune.data.formats import FormatName, Record, scan_records
+from minitune.data.batching import efficiency, mix, mixed_counts, plan_items
+from minitune.data.examples import Survey, TrainOn, Truncate, percentiles
+from minitune.data.formats import FormatName, Kind, scan_records
+from minitune.data.pairing import checked_preferences, contradictions, preference_summary, survey_records
+from minitune.data.preference_formats import FORMATS_OF
+from minitune.data.preferences import Item
 from minitune.data.reading import RowError
 from minitune.data.splits import duplicates, question_key, row_key, row_parts
 from minitune.errors import ConfigError, DataError, counted
@@ -33,15 +36,23 @@ class Problem:
 
 @dataclass
 class Report:
-    """What `inspect_files` found; lengths in tokens, `histogram` as (from, to, rows), efficiencies 0 to 1."""
+    """What `inspect_files` found; lengths in tokens, `histogram` as (from, to, rows), efficiencies 0 to 1.
 
+    `examples` counts pairs or judged answers where `kind` says so; `preferences` is empty unless it does, and the
+    lengths of a pair are then those of its longer side.
+    """
+
+    kind: Kind = "examples"
     files: list[dict[str, Any]] = field(default_factory=list)
     rows: int = 0
     empty: int = 0
     over_long: int = 0
     shortened: int = 0
     dropped: int = 0
+    tied: int = 0
+    equal: int = 0
     duplicates: dict[str, Any] = field(default_factory=dict)
+    preferences: dict[str, Any] = field(default_factory=dict)
     percentiles: dict[int, int] = field(default_factory=dict)
     histogram: list[tuple[int, int, int]] = field(default_factory=list)
     examples: int = 0
@@ -56,9 +67,10 @@ class Report:
         return asdict(self)
 
 
-def refuse_beyond(report: Report, examples: Sequence[Example], positions: int | None) -> None:
-    """Add the problem of examples with more tokens than the model has positions, which training refuses too."""
-    beyond = [example.origin for example in examples if positions and len(example.ids) > positions]
+def refuse_beyond(report: Report, items: Sequence[Item], positions: int | None) -> None:
+    """Add the problem of documents with more tokens than the model has positions, which training refuses too."""
+    longest = ((item.origin, max(len(document.ids) for document in item.documents)) for item in items)
+    beyond = [origin for origin, length in longest if positions and length > positions]
     if beyond:
         kind, remedy = f"a row over the model's {positions} positions", f"set max_length to {positions} or less"
         report.problems.append(Problem(kind, remedy, len(beyond), beyond[:_SHOWN_ORIGINS]))
@@ -77,15 +89,19 @@ def inspect_files(
     batch_size: int,
     packing: bool,
     seed: int,
-) -> tuple[Report, list[Example]]:
-    """Return the report on `files` and the examples of the first epoch; raises only for impossible options."""
+    kind: Kind = "examples",
+) -> tuple[Report, list[Item]]:
+    """Return the report on `files` and the items of the first epoch; raises only for impossible options.
+
+    `kind` says what the rows are to be, as in `load_corpus`.
+    """
     if len(weights) != len(files):
         raise ConfigError(f"{counted(len(weights), 'weight')} for {counted(len(files), 'file')}; give one for each")
-    report, kinds, sources, records, lengths = Report(), {}, [], [], []
+    report, kinds, sources, records, lengths = Report(kind), {}, [], [], []
     mixed_counts([1] * len(files), weights)
     for path, weight in zip(files, weights, strict=True):
-        good, errors, whole = _scan(path, format, columns)
-        survey = survey_examples(good, tokenizer, max_length=max_length, truncate=truncate, train_on=train_on)
+        good, errors, whole = _scan(path, format, columns, kind)
+        survey = survey_records(kind, good, tokenizer, max_length=max_length, truncate=truncate, train_on=train_on)
         for error in errors + survey.errors:
             _note(kinds, error.problem, error.remedy, error.origin)
         for error in whole:
@@ -94,9 +110,13 @@ def inspect_files(
             _note(kinds, f"a row over max_length {max_length}", survey.remedy, origin)
         if survey.examples:
             sources.append((survey.examples, weight))
+        elif not (errors or survey.errors or survey.over_long or whole):
+            _note(kinds, survey.problem(), "", path)
         records += good
         lengths += survey.lengths
         _add_file(report, path, good, len(errors), survey)
+    if kind != "examples" and sources:
+        _add_preferences(report, kinds, [item for items, _ in sources for item in items])
     report.problems = list(kinds.values())
     report.empty = sum(p.count for p in report.problems if p.kind.startswith("a row without"))
     report.duplicates = _duplicates(records)
@@ -107,16 +127,16 @@ def inspect_files(
 
 
 def _scan(
-    path: str, format: FormatName, columns: dict[str, str] | None
-) -> tuple[list[Record], list[RowError], list[DataError]]:
+    path: str, format: FormatName, columns: dict[str, str] | None, kind: Kind
+) -> tuple[list[Any], list[RowError], list[DataError]]:
     """Return a file's records, its broken rows, and what is wrong with it as a whole."""
-    rows: list[Record | RowError] = []
+    rows: list[Any] = []
     whole = []
     try:
-        rows.extend(scan_records(path, format, columns))
+        rows.extend(scan_records(path, format, columns, FORMATS_OF[kind]))
     except DataError as error:
         whole.append(error)
-    return [r for r in rows if isinstance(r, Record)], [r for r in rows if isinstance(r, RowError)], whole
+    return [r for r in rows if not isinstance(r, RowError)], [r for r in rows if isinstance(r, RowError)], whole
 
 
 def _note(kinds: dict[str, Problem], kind: str, remedy: str, origin: str) -> None:
@@ -127,7 +147,21 @@ def _note(kinds: dict[str, Problem], kind: str, remedy: str, origin: str) -> Non
         problem.origins.append(origin)
 
 
-def _add_file(report: Report, path: str, records: list[Record], broken: int, survey: Survey) -> None:
+def _add_preferences(report: Report, kinds: dict[str, Problem], items: list[Item]) -> None:
+    """Add what pairs or judged answers have in common, and what training refuses of them together."""
+    report.preferences = preference_summary(items)
+    errors = contradictions(items)
+    for error in errors:
+        _note(kinds, error.problem, error.remedy, error.origin)
+    if errors:
+        return
+    try:
+        checked_preferences([items], [])
+    except DataError as error:
+        _note(kinds, str(error), "", items[0].origin)
+
+
+def _add_file(report: Report, path: str, records: list[Any], broken: int, survey: Survey) -> None:
     """Add one file's counts to the report."""
     unread = Counter(name for record in records for name in record.unread)
     kind = records[0].format if records else "unknown"
@@ -137,21 +171,28 @@ def _add_file(report: Report, path: str, records: list[Record], broken: int, sur
     report.over_long += sum(length > survey.max_length for length in survey.lengths)
     report.shortened += survey.shortened
     report.dropped += survey.dropped
+    report.tied += getattr(survey, "tied", 0)
+    report.equal += getattr(survey, "equal", 0)
 
 
-def _add_epoch(report: Report, epoch: list[Example], *, packing: bool, **options: int) -> None:
+def _add_epoch(report: Report, epoch: list[Item], *, packing: bool, **options: int) -> None:
     """Add what one epoch of training goes through."""
-    lengths = [len(example.ids) for example in epoch]
+    documents = [document for item in epoch for document in item.documents]
+    lengths = [len(document.ids) for document in documents]
     report.examples, report.tokens = len(epoch), sum(lengths)
-    report.target_tokens = sum(sum(example.targets) for example in epoch)
+    report.target_tokens = sum(sum(document.targets) for document in documents)
+    each = len(documents) // max(len(epoch), 1)  # documents an item
     for name, packed in (("packed", True), ("padded", False)):
-        plan = plan_batches(lengths, packing=packed, epoch=0, **options)
-        report.efficiency[name] = efficiency(plan, lengths)
+        plan = plan_items(epoch, packing=packed, epoch=0, **options)
+        laid = [[[i * each + k for i in row for k in range(each)] for row in batch] for batch in plan]
+        if not packed:
+            laid = [[[document] for row in batch for document in row] for batch in laid]
+        report.efficiency[name] = efficiency(laid, lengths)
         if packed == packing:
             report.batches = len(plan)
 
 
-def _duplicates(records: list[Record]) -> dict[str, Any]:
+def _duplicates(records: list[Any]) -> dict[str, Any]:
     """Count rows that came before, exactly or normalised, and questions that came before with another answer."""
     exact = duplicates(map(row_parts, records))
     alike = duplicates(map(row_key, records))

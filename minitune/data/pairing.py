@@ -12,9 +12,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minitune.data.examples import Example, Survey, TrainOn, Truncate, encode_record, fitted
+from minitune.data.examples import (
+    Example,
+    Survey,
+    TrainOn,
+    Truncate,
+    encode_record,
+    fitted,
+    percentiles,
+    survey_examples,
+)
+from minitune.data.formats import Kind
 from minitune.data.preference_formats import PreferenceRecord
-from minitune.data.preferences import Item, Judged, Pair, answer_to, with_mismatches
+from minitune.data.preferences import Item, Judged, Pair, answer_to, item_ids, with_mismatches
 from minitune.data.reading import RowError, first_of
 from minitune.errors import ConfigError, DataError
 
@@ -46,6 +56,11 @@ class PreferenceSurvey(Survey):
         if left_out and not (self.examples or self.errors or self.over_long):
             return f"no pair is left: {self.tied} have equal scores, {self.equal} equal sides; give other rows"
         return super().problem()
+
+
+def survey_records(kind: Kind, records: Iterable[Any], tokenizer: Any, **options: Any) -> Survey:
+    """Do the work of `survey_examples` or, for the other kinds of records, of `survey_preferences`."""
+    return (survey_examples if kind == "examples" else survey_preferences)(records, tokenizer, **options)
 
 
 def survey_preferences(
@@ -89,7 +104,7 @@ def contradictions(items: Iterable[Pair | Judged]) -> list[RowError]:
     seen: dict[Any, str] = {}
     errors = []
     for item in items:
-        ids = tuple(document.ids for document in item.documents)
+        ids = item_ids(item)
         if isinstance(item, Pair):
             said, opposite = ids, ids[::-1]
             problem = "a pair that another row has the other way round"
@@ -128,8 +143,26 @@ def checked_preferences(training: list[list[Item]], validation: list[Item]) -> t
 
 def preference_counts(items: Sequence[Item]) -> dict[str, int]:
     """Return the target tokens of both sides and the pairs with a margin, or how many answers are desirable."""
-    if not all(isinstance(item, Pair) for item in items):
-        desirable = sum(item.desirable for item in items)
-        return {"desirable": desirable, "undesirable": len(items) - desirable}
-    chosen, rejected = (sum(sum(getattr(pair, side).targets) for pair in items) for side in ("chosen", "rejected"))
-    return {"chosen_tokens": chosen, "rejected_tokens": rejected, "margins": sum(p.margin is not None for p in items)}
+    lengths = answer_lengths(items)
+    if "desirable" in lengths:
+        return {name: len(counts) for name, counts in lengths.items()}
+    tokens = {f"{side}_tokens": sum(counts) for side, counts in lengths.items()}
+    return tokens | {"margins": sum(pair.margin is not None for pair in items)}
+
+
+def preference_summary(items: Sequence[Item]) -> dict[str, Any]:
+    """Return the counts, the percentiles of the answers' tokens, and of pairs the share whose chosen one is longer."""
+    lengths = answer_lengths(items)
+    summary = preference_counts(items) | {"lengths": {name: percentiles(counts) for name, counts in lengths.items()}}
+    if "chosen" in lengths:
+        longer = sum(chosen > rejected for chosen, rejected in zip(*lengths.values(), strict=True))
+        summary["chosen_longer"] = longer / len(items)
+    return summary
+
+
+def answer_lengths(items: Sequence[Item]) -> dict[str, list[int]]:
+    """Return the target tokens of each chosen and each rejected answer, or of each desirable and undesirable one."""
+    if isinstance(items[0], Pair):
+        return {side: [sum(getattr(pair, side).targets) for pair in items] for side in ("chosen", "rejected")}
+    names = {"desirable": True, "undesirable": False}
+    return {name: [sum(i.example.targets) for i in items if i.desirable == good] for name, good in names.items()}

@@ -216,7 +216,7 @@ FORMATS_OF: dict[Kind, dict[str, Format]] = {
             (*_PROMPTS, "conversations", "margin", "score_chosen", "score_rejected"),
             _parse_pair,
         ),
-        "scored": Format(("completions",), _PROMPTS, _parse_scored),
+        "scored": Format(("completions",), (*_PROMPTS, "chosen", "rejected"), _parse_scored),
     },
     "judged": {
         "judged": Format(("label",), (*_PROMPTS, "completion", "output", "messages", "conversations"), _parse_judged)

@@ -74,6 +74,11 @@ class Judged:
 Item = Example | Pair | Judged
 
 
+def item_ids(item: Item) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of each document of an item, by which equal items are told."""
+    return tuple(document.ids for document in item.documents)
+
+
 def with_mismatches(judged: Sequence[Judged]) -> list[Judged]:
     """Give each its prompt with the answer of the nearest row before it that has another prompt, the first the last's.
 
