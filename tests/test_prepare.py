@@ -1,13 +1,16 @@
 """The command `prepare`: what it shows, what it exits with, and its one-line errors."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pytest
 
-from minitune.prepare import main, painted
+from minitune.prepare import PrepareConfig, main, painted, shown
 from tests.data.conftest import save_byte_tokenizer
 
 GOOD = [{"instruction": "Say hé.", "output": "hé!"}, {"instruction": "Add 1 and 2.", "output": "3"}]
@@ -78,6 +81,92 @@ def test_colours_are_for_terminals(model):
     assert plain == "a[é\\x1b[31mb]"  # an escape sequence in the data is shown, not obeyed
     assert coloured.count("\x1b[") == len(ids) + 1  # one colour a token, and the end
     assert "\\x1b" in coloured and "\x1b[31m" not in coloured
+
+
+PAIR = {"instruction": "Hé?", "chosen": "long answer", "rejected": "no", "margin": 1.5}
+ANSWERS = f"{'chosen':21} | rejected\n[long answer<|im_end| | [no<|im_end|>]\n{'>]':21} |\n{'':21} |\n"
+
+
+def test_a_pair_is_shown_side_by_side(model, rows, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "45")  # two columns of 21 and " | "
+    report = tmp_path / "report.json"
+    others = [PAIR | {"instruction": "b", "chosen": "o", "rejected": f"n{i % 2}"} for i in range(3)]
+    path = rows([PAIR, *others, PAIR | {"chosen": "x", "rejected": "x"}])
+    assert main([path, "--model", model, "--rows", "4", "--json", str(report), "--packing", "false"]) == 0
+    shown = capsys.readouterr().out
+    # the prompt has 3 control tokens and 20 bytes; the answers 11 and 2 bytes, their end and a newline
+    assert "rows.jsonl:1: 36 + 27 tokens, 12 + 3 targets, margin 1.5\n" in shown
+    assert f"<|im_start|>user\nHé?<|im_end|>\n<|im_start|>assistant\n\n{ANSWERS}" in shown
+    assert "rows.jsonl: 5 rows (pairs), 4 examples" in shown
+    assert "duplicates     1 exact, 1 normalised" in shown
+    assert "left out       0 of equal score, 1 of equal sides" in shown
+    assert "chosen         target tokens 50% 2, 90% 12, 99% 12, 100% 12" in shown
+    assert "rejected       target tokens 50% 3, 90% 3, 99% 3, 100% 3" in shown
+    assert "chosen longer  in 25.0% of pairs; 4 with a margin" in shown
+    assert "an epoch       4 pairs" in shown
+    assert "training would accept these files with --objective dpo" in shown
+    written = json.loads(report.read_text(encoding="utf-8"))
+    assert (written["kind"], written["equal"], written["preferences"]["chosen_longer"]) == ("pairs", 1, 0.25)
+    assert written["target_tokens"] == 12 + 3 + 3 * (2 + 3)
+
+
+def test_judged_answers_are_shown_with_their_label(model, rows, capsys):
+    path = rows(
+        [{"prompt": "q", "completion": "ab", "label": True}, {"prompt": "r", "completion": "c", "label": False}]
+    )
+    assert main([path, "--model", model]) == 0
+    shown = capsys.readouterr().out
+    assert "rows.jsonl:1: 4 tokens, 3 targets, desirable\nq[ab<|im_end|>]" in shown
+    assert "rows.jsonl:2: 3 tokens, 2 targets, undesirable\n" in shown
+    assert "desirable      1, target tokens 50% 3" in shown and "undesirable    1, target tokens 50% 2" in shown
+    assert "training would accept these files with --objective kto" in shown
+
+
+def test_the_objective_decides_what_the_rows_must_be(model, rows, capsys):
+    from minitune.training.config import TrainConfig
+
+    path = rows([PAIR])
+    for objective, expected in (("sft", "--objective dpo"), ("kto", "--objective dpo"), ("ipo", "accept")):
+        assert main([path, "--model", model, "--objective", objective, "--rows", "0"]) == (expected != "accept")
+        assert expected in capsys.readouterr().out
+    known, here = (
+        next(f for f in dataclasses.fields(config) if f.name == "objective").type
+        for config in (TrainConfig, PrepareConfig)
+    )
+    assert get_args(here) == ("auto", *get_args(known))
+
+
+def test_preferences_that_training_refuses(model, rows, capsys):
+    swapped = PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
+    path = rows([PAIR, swapped, swapped, PAIR | {"chosen": ""}])
+    assert main([path, "--model", model, "--rows", "0"]) == 1
+    shown = capsys.readouterr().out
+    assert f"2 x a pair that another row has the other way round; remove it or {path}:1 ({path}:2, {path}:3)" in shown
+    assert f"1 x a row without an answer; fill in chosen or remove the row ({path}:4)" in shown
+    path = rows([{"prompt": q, "completion": "a", "label": True} for q in "qr"])
+    assert main([path, "--model", model, "--rows", "0"]) == 1
+    assert "1 x no training row has the label false; kto learns from both" in capsys.readouterr().out
+    path = rows([PAIR | {"chosen": "a", "rejected": "a"}])
+    assert main([path, "--model", model]) == 1
+    assert "1 x no pair is left: 0 have equal scores, 1 equal sides" in capsys.readouterr().out
+
+
+def test_columns_hold_wide_characters_colours_and_line_ends(model):
+    from minitune.data.examples import Example
+    from minitune.data.preferences import Pair
+    from minitune.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    sides = []
+    for answer in ("日本\nab", "e\u0301x"):
+        prompt, ids = tokenizer.encode("q"), tokenizer.encode(answer)
+        sides.append(Example((*prompt, *ids), (False,) + (True,) * len(ids), "a:1"))
+    plain = shown(Pair(*sides), tokenizer, False, 9)  # columns of 3
+    assert plain[1:] == ["q", "chosen | rejected", "[日 | [e\u0301x", "本  | ]", "ab] |"]
+    coloured = shown(Pair(*sides), tokenizer, True, 9)
+    bare = [re.sub("\x1b\\[[0-9]*m", "", line) for line in coloured]
+    assert bare[1:] == ["q", "chosen | rejected", "日  | e\u0301x", "本  |", "ab  |"]
+    assert all(line.count("\x1b[0m") >= 1 for line in coloured[3:])
 
 
 def run(*arguments, **environment):
