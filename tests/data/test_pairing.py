@@ -277,3 +277,42 @@ def test_a_stream_gives_every_item_once_in_an_order_of_seed_and_epoch(load, kind
     assert sorted(seen) == sorted(document.ids for item in items for document in item.documents)
     if kind == "pairs":
         assert sorted(m for batch in batches for m in batch.margins.tolist()) == [float(i) for i in range(50)]
+
+
+def chatml(turns):
+    """Return what SmolLM2 reads of turns in from/value or role/content form, written out here by hand."""
+    roles = {"human": "user", "gpt": "assistant"}
+    turns = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+    if turns[0][0] != "system":
+        turns.insert(0, ("system", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"))
+    return "".join(f"<|im_start|>{roles.get(role, role)}\n{text}<|im_end|>\n" for role, text in turns)
+
+
+@pytest.mark.real
+def test_llamafactorys_demonstration_sets(smollm2_path):
+    """300 rows each; issue 4 says that about a third of the pairs fit 512 tokens."""
+    from minitune.sources import fetch
+    from minitune.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(smollm2_path)
+    options = {"max_length": 512, "truncate": "drop", "train_on": "all"}
+    start, end = "<|im_start|>assistant\n", "<|im_end|>"
+    for name, kind in (("dpo-en-demo", "pairs"), ("kto-en-demo", "judged")):
+        path = fetch(name, progress=False)
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        records = read_records(path, formats=FORMATS_OF[kind])
+        survey = survey_preferences(records, tokenizer, **options)
+        assert (len(rows), survey.equal, survey.tied, survey.problem()) == (300, 0, 0, None)
+        assert len(survey.examples) + survey.dropped == 300
+        by_origin = dict(zip([record.origin for record in records], rows, strict=True))
+        for item in survey.examples:
+            row = by_origin[item.origin]
+            turns = row["conversations"] if kind == "pairs" else row["messages"][:-1]
+            answers = [row["chosen"], row["rejected"]] if kind == "pairs" else row["messages"][-1:]
+            for document, answer in zip(item.documents, answers, strict=True):
+                said = answer.get("value", answer.get("content"))
+                assert texts(document, tokenizer) == (chatml(turns) + start, said + end, "\n")
+        if kind == "pairs":
+            assert 90 <= len(survey.examples) <= 110
+        else:
+            assert all(item.desirable == by_origin[item.origin]["label"] for item in survey.examples)

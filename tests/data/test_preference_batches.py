@@ -1,10 +1,13 @@
 """Batches of pairs and of judged examples, written out by hand, packed and not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitune.data import batching
 from minitune.data.batching import PreferenceBatch, collate, collate_preferences, efficiency, plan_items
 from minitune.data.examples import Example
 from minitune.data.preferences import Judged, Pair, with_mismatches
@@ -126,3 +129,24 @@ def test_mismatches_leave_nothing_of_their_own_answer():
         before = (i - 2) % 5 + 1
         assert item.mismatched.ids == (i, *[100 + before] * before)
         assert sum(item.mismatched.targets) == before and not item.mismatched.targets[0]
+
+
+def swap_sides(monkeypatch):
+    monkeypatch.setattr(Pair, "documents", property(lambda pair: (pair.rejected, pair.chosen)))
+
+
+def count_the_prompt(monkeypatch):
+    monkeypatch.setattr(batching, "shifted_targets", lambda example: [*example.ids[1:], -100])
+
+
+def end_at_the_padding(monkeypatch):
+    whole = batching.collate_documents
+    monkeypatch.setattr(batching, "collate_documents", lambda *a: replace(whole(*a), ends=whole(*a).ends + 1))
+
+
+@pytest.mark.parametrize("mutant", [swap_sides, count_the_prompt, end_at_the_padding])
+def test_mutants_are_caught(mutant, monkeypatch):
+    mutant(monkeypatch)
+    for test in (test_unpacked_pairs_stand_in_neighbouring_rows, test_packed_pairs_lie_side_by_side):
+        with pytest.raises(AssertionError):
+            test()
