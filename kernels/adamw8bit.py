@@ -12,16 +12,17 @@ A bf16 weight is rounded to nearest, or with a seed stochastically: uniform bits
 number that bf16 leaves out, and that half is cut off (Gupta et al. 2015, section 3).
 """
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
+from minitune.codebooks import dynamic_map, midpoints
 from minitune.errors import ConfigError
 from minitune.kernels.checks import FLOATS, require
 from minitune.kernels.nf4 import reciprocal, row_absmax
-from minitune.kernels.tables import dynamic_map, map_boundaries
 
 BLOCK_SIZE = tl.constexpr(256)
 BLOCKS = 4  # blocks of a program
@@ -69,6 +70,13 @@ def adamw8bit_update(
     _encode(v, second, second_absmax, plain_middle, place, block, inside, held, 1)
 
 
+@functools.cache
+def _tables(device):
+    """Return the values and boundaries of the signed map, then of the unsigned one."""
+    maps = [dynamic_map(signed, device) for signed in (True, False)]
+    return [table for values in maps for table in (values, midpoints(values))]
+
+
 def _check(parameter, gradient, first, second, seed):
     require("parameter", parameter, contiguous=True)
     like = {"device": parameter.device, "contiguous": True}
@@ -98,9 +106,8 @@ def adamw8bit_step(
     """Update parameter, first and second in place; see `minitune.ops.adamw8bit.adamw8bit_step`."""
     _check(parameter, gradient, first, second, seed)
     device, (beta1, beta2) = parameter.device, betas
-    tables = [table(signed, device) for signed in (True, False) for table in (dynamic_map, map_boundaries)]
     adamw8bit_update[(triton.cdiv(parameter.numel(), BLOCKS * 256),)](
-        parameter, gradient, *first, *second, *tables, parameter.numel(), seed or 0, scale,
+        parameter, gradient, *first, *second, *_tables(device), parameter.numel(), seed or 0, scale,
         beta1, 1 - beta1, beta2, 1 - beta2, 1 - learning_rate * weight_decay, learning_rate / (1 - beta1**step),
         math.sqrt(1 - beta2**step), eps, STOCHASTIC=seed is not None, BLOCKS=BLOCKS, num_warps=4,
     )  # fmt: skip

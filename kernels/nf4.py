@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from minitune.codebooks import ascending, codebook, dynamic_map, midpoints
 from minitune.errors import ConfigError
 from minitune.kernels.checks import FLOATS, require
-from minitune.kernels.tables import boundaries, codebook, dynamic_map
 
 BLOCK = 4096  # elements of a program
 TINY = tl.constexpr(1e-38)  # a block of zeros is divided by this
@@ -148,7 +148,8 @@ def quantize_4bit(flat: torch.Tensor, block_size: int, kind: str = "nf4") -> tup
     _check(kind, block_size, packed, n)
     absmax = torch.empty(-(-n // block_size), device=device)
     blocks = max(BLOCK // 4 // block_size, 1)
+    values, order = ascending(kind, device)
     nf4_quantize[(triton.cdiv(n, blocks * block_size),)](
-        flat, *boundaries(kind, device), packed, absmax, n, BLOCK_SIZE=block_size, BLOCKS=blocks, num_warps=4
+        flat, midpoints(values), order.int(), packed, absmax, n, BLOCK_SIZE=block_size, BLOCKS=blocks, num_warps=4
     )
     return packed, absmax

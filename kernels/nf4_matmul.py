@@ -23,11 +23,11 @@ import torch
 import triton
 import triton.language as tl
 
+from minitune.codebooks import codebook
 from minitune.errors import ConfigError
 from minitune.kernels import nf4
 from minitune.kernels.checks import as_rows, require
 from minitune.kernels.nf4 import load_absmax, scale_arguments, unpack
-from minitune.kernels.tables import codebook
 
 
 @triton.jit

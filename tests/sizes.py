@@ -7,7 +7,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = ("ops", "model", "losses", "text", "checkpoint", "training", "decoding.py", "sampling.py")
+CORE = ("ops", "model", "losses", "text", "checkpoint", "training", "decoding.py", "sampling.py", "codebooks.py")
 CORE_LIMIT, LIBRARY_LIMIT, FILE_LIMIT, FUNCTION_LIMIT = 4000, 8000, 300, 50
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 

@@ -11,8 +11,8 @@ import pytest
 from tests.sizes import ROOT, sources
 
 FLOORS = [
-    {"errors"},
-    {"files", "kernels", "safetensors_io"},
+    {"codebooks", "errors"},
+    {"files", "gguf_io", "kernels", "safetensors_io"},
     {"cli", "device", "sampling", "sources", "ops", "text"},
     {"model", "data", "losses"},
     {"checkpoint", "decoding", "memory", "reporting"},

@@ -20,8 +20,8 @@ from statistics import NormalDist
 import torch
 
 import minitune
+from minitune.codebooks import dynamic_map
 from minitune.model.lora import linear_modules
-from minitune.ops.blockwise8 import dynamic_map
 from minitune.ops.cross_entropy import linear_cross_entropy
 from minitune.ops.nf4 import codebook, quantize
 from minitune.sources import fetch

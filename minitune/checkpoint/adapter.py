@@ -8,28 +8,30 @@ which is a pattern. A field of the config that would change the result and is no
 import dataclasses
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minitune.checkpoint.huggingface import read_json, refuse_pickle, write_json
+from minitune.checkpoint.huggingface import refuse_pickle
 from minitune.checkpoint.prequantized import configuration
 from minitune.errors import CheckpointError, ConfigError
-from minitune.files import atomic_file
+from minitune.files import atomic_file, read_json, write_json
 from minitune.model.config import LoRAConfig, QuantizationConfig
 from minitune.model.lora import add_lora, linear_modules, lora_modules, quantized_weights
-from minitune.model.transformer import Transformer
+from minitune.model.transformer import Transformer, add_score_head
 from minitune.safetensors_io import StoredTensor, read_header, read_metadata, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LISTED = 8
+_SCORE = f"{_PREFIX}score.weight"  # of a reward model: PEFT's `modules_to_save`
 _BASE = "minitune.base_quantization"  # in the file's metadata: PEFT's config has no field for it
 
-_USED = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+_USED = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save"}
 # Where it came from, or which modules it has; the tensors themselves say the latter.
 _INERT = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
@@ -41,6 +43,8 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
     """Add the adapter in `folder` to `model`, in place, and return its configuration.
+
+    That of a reward model brings its head.
 
     Raises:
         CheckpointError: a file is missing or damaged, a field of the config is not implemented, or tensors do not
@@ -67,6 +71,11 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
         for file in sorted(folder.iterdir()):
             refuse_pickle(file)
     tensors = read_header(folder / WEIGHTS)
+    scores = {_SCORE in tensors, fields.get("modules_to_save") == ["score"], fields.get("task_type") == "SEQ_CLS"}
+    if len(scores) > 1 or model.config.reward and scores == {False}:
+        raise CheckpointError(
+            f"{folder} has no reward head (score), or its config says otherwise; give another adapter"
+        )
     config = replace(config, target_modules=_check_fit(model, tensors, config.rank, folder))
     values = {name: tensor.read().float() for name, tensor in tensors.items()}
     bad = [f"{name} holds a NaN or infinity" for name, value in values.items() if not all_finite(value)]
@@ -74,6 +83,9 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
     for path, lora in add_lora(model, config).items():
         lora.A.data.copy_(values[f"{_PREFIX}{path}.lora_A.weight"])
         lora.B.data.copy_(values[f"{_PREFIX}{path}.lora_B.weight"])
+    if scores == {True}:
+        add_score_head(model)
+        model.score.weight.data.copy_(values[_SCORE])
     return config
 
 
@@ -95,16 +107,13 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def save_adapter(
-    model: Transformer, folder: str | Path, base_name: str | None = None, config: LoRAConfig | None = None
-) -> None:
+def save_adapter(model: Transformer, folder: str | Path, base_name: str | None = None) -> None:
     """Write the model's adapters to `folder` as PEFT does, fp32; other files there stay.
 
     Args:
         model: has adapters of one rank and scaling.
         folder: where to; made if missing.
         base_name: the base model's name or path, for the record.
-        config: what the adapters were made with. None: alpha is derived from the scaling.
 
     Raises:
         CheckpointError: the model has no adapter, or adapters that one config cannot describe.
@@ -114,26 +123,26 @@ def save_adapter(
     if len(shapes) != 1:
         raise CheckpointError("there is no adapter to save" if not shapes else f"adapters differ: {sorted(shapes)}")
     rank, scaling, dropout = shapes.pop()
-    if config is not None and (config.rank, config.scaling) != (rank, scaling):
-        raise CheckpointError(f"the adapters have rank {rank} and scaling {scaling}, which {config} does not describe")
     tensors = {}
     for path, lora in adapters.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = lora.A
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = lora.B
+    if model.config.reward:
+        tensors[_SCORE] = model.score.weight
     fields = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if model.config.reward else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": rank,
-        "lora_alpha": config.alpha if config else scaling * rank,
+        "lora_alpha": scaling * rank,
         "lora_dropout": dropout,
-        "use_rslora": config.rslora if config else False,
+        "use_rslora": False,
         "target_modules": _target_names(model, adapters),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": ["score"] if model.config.reward else None,
     }
     folder = Path(folder)
     quantized = next(iter(quantized_weights(model).values()), None)
@@ -142,6 +151,19 @@ def save_adapter(
         write_tensors(temporary, tensors, base)
     with atomic_file(folder / CONFIG) as temporary:
         write_json(temporary, fields)
+
+
+def check_fit(what: str, expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Any]) -> None:
+    """Raise CheckpointError listing every tensor that is missing, left over, of another shape or no float."""
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            problems.append(f"{name} is not part of this model")
+        elif tuple(tensor.shape) != tuple(expected[name]):
+            problems.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name])}")
+        elif not tensor.dtype.is_floating_point:
+            problems.append(f"{name} is stored as {tensor.dtype}, which weights cannot be")
+    fail_listing(what, problems)
 
 
 def fail_listing(what: str, problems: list[str]) -> None:
@@ -155,8 +177,9 @@ def _check_fields(fields: dict[str, Any], where: Path) -> None:
     """Raise CheckpointError for a field that changes the result in a way not implemented here."""
     if fields.get("peft_type") != "LORA":
         raise CheckpointError(f"{where}: peft_type {fields.get('peft_type')!r} is not supported; supported: LORA")
-    if fields.get("task_type") not in ("CAUSAL_LM", None):
-        raise CheckpointError(f"{where}: task_type {fields['task_type']!r} is not supported; supported: CAUSAL_LM")
+    kinds = ("CAUSAL_LM", "SEQ_CLS", None)  # the second is a reward model's
+    if fields.get("task_type") not in kinds:
+        raise CheckpointError(f"{where}: task_type {fields['task_type']!r} is not supported; supported: {kinds[:2]}")
     if not isinstance(fields.get("r"), int):
         raise CheckpointError(f"{where}: r is {fields.get('r')!r}; it must be a whole number")
     if fields.get("init_lora_weights", True) not in _PLAIN_INITS:
@@ -165,6 +188,8 @@ def _check_fields(fields: dict[str, Any], where: Path) -> None:
             f"convert the adapter to plain LoRA in PEFT (path_initial_model_for_weight_conversion)"
         )
     problems = []
+    if fields.get("modules_to_save") not in (None, [], ["score"]):
+        problems.append(f"modules_to_save = {fields['modules_to_save']} is not implemented (only a reward head is)")
     for name, value in fields.items():
         neutral = value in (None, False, "none", "", 0) or value == {} or value == []
         if not neutral and name not in _USED | _INERT | {"init_lora_weights"}:
@@ -174,21 +199,18 @@ def _check_fields(fields: dict[str, Any], where: Path) -> None:
 
 def _check_fit(model: Transformer, tensors: dict[str, StoredTensor], rank: int, folder: Path) -> tuple[str, ...]:
     """Return the paths of the adapted modules; CheckpointError listing every tensor that does not fit."""
-    layers = linear_modules(model)
-    problems, paths = [], {}
-    for name, tensor in tensors.items():
-        match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", name)
-        if not match or match[1] not in layers:
-            problems.append(f"{name} has no place in this model")
-            continue
-        out_features, in_features = layers[match[1]].weight.shape
-        paths.setdefault(match[1], set()).add(match[2])
-        wanted = (rank, in_features) if match[2] == "A" else (out_features, rank)
-        if tensor.shape != wanted or not tensor.dtype.is_floating_point:
-            problems.append(f"{name} is {list(tensor.shape)} {tensor.dtype} instead of {list(wanted)}")
-    problems += [f"{path} has only half of its pair" for path, halves in paths.items() if len(halves) == 1]
-    fail_listing(f"{folder} is not an adapter of this model", problems or ([] if paths else ["it holds no tensors"]))
-    return tuple(paths)
+    layers, expected = linear_modules(model), {_SCORE: (1, model.config.hidden_size)} if _SCORE in tensors else {}
+    found = (re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_[AB]\.weight", name) for name in tensors)
+    paths = tuple(dict.fromkeys(match[1] for match in found if match and match[1] in layers))
+    for path in paths:
+        out_features, in_features = layers[path].weight.shape
+        expected[f"{_PREFIX}{path}.lora_A.weight"] = (rank, in_features)
+        expected[f"{_PREFIX}{path}.lora_B.weight"] = (out_features, rank)
+    what = f"{folder} is not an adapter of this model"
+    check_fit(what, expected, tensors)
+    if not paths:
+        raise CheckpointError(f"{what}: it holds no tensors of one")
+    return paths
 
 
 def _target_names(model: Transformer, adapters: dict[str, Any]) -> list[str]:

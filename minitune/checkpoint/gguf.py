@@ -16,7 +16,7 @@ import torch
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from minitune.errors import CheckpointError
-from minitune.text.gguf_reader import read_file
+from minitune.gguf_io import read_file
 
 CHUNK = 1 << 15  # elements dequantised at a time: stays in a core's cache, and torch copies it on one thread
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

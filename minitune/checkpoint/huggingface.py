@@ -4,7 +4,6 @@ Every path in an index stays inside its folder, links included; pickle files are
 one runs whatever code it holds.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from minitune.checkpoint.prequantized import expand, settings_of
 from minitune.errors import CheckpointError
-from minitune.files import atomic_folder
+from minitune.files import atomic_folder, read_json, write_json
 from minitune.model.lora import lora_modules, quantized_weights
 from minitune.model.transformer import Transformer
 from minitune.safetensors_io import StoredTensor, read_header, write_tensors
@@ -22,19 +21,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _WRITTEN = {".json", ".safetensors", ".jinja", ".model"}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; CheckpointError where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return content
 
 
 def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
@@ -108,7 +94,6 @@ def save_model(
     folder: str | Path,
     *,
     max_shard_bytes: int = 4_000_000_000,
-    dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a Hugging Face folder that transformers reads, in one atomic step.
@@ -118,7 +103,6 @@ def save_model(
         tokenizer: a `minitune.text` tokenizer, saved with its chat template; None for a folder without one.
         folder: where to; see `overwrite`.
         max_shard_bytes: above this the weights are split over files with an index.
-        dtype: of the weights in the files, the model's own by default.
         overwrite: whether to replace a folder that is there.
 
     Raises:
@@ -127,25 +111,22 @@ def save_model(
     """
     if lora_modules(model):
         raise CheckpointError("the model has an adapter; merge it first, or save the adapter alone (save_adapter)")
-    dtype = dtype or model.head_weight.dtype
-    config = {**model.config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
-    quantized = {f"{path}.weight": replace(weight, dtype=dtype) for path, weight in quantized_weights(model).items()}
+    config = {**model.config.to_hf(), "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    weights = quantized_weights(model)
+    quantized = {f"{path}.weight": replace(weight, dtype=model.dtype) for path, weight in weights.items()}
     if quantized:
-        config["quantization_config"] = settings_of(quantized.values(), dtype)
-    parameters = model.state_dict()
-    tensors, dtypes = parameters | expand(quantized), dict.fromkeys(parameters, dtype)
-    stops = [*model.config.eos_ids, *(tokenizer.end_ids if tokenizer else ())]
-    generation = {
-        "bos_token_id": model.config.bos_id,
-        "eos_token_id": list(dict.fromkeys(stops)),
-        "pad_token_id": model.config.pad_id,
-    }
+        config["quantization_config"] = settings_of(quantized.values(), model.dtype)
+    stops = list(dict.fromkeys([*model.config.eos_ids, *(tokenizer.end_ids if tokenizer else ())]))
+    generation = {"bos_token_id": model.config.bos_id, "eos_token_id": stops, "pad_token_id": model.config.pad_id}
+    if model.config.reward and model.config.pad_id in stops:
+        # transformers takes the last token that is not padding; were that the end of a turn, it would take another.
+        config["pad_token_id"] = None
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         if tokenizer is not None:
             tokenizer.save(temporary)
         write_json(temporary / "config.json", config)
         write_json(temporary / "generation_config.json", {k: v for k, v in generation.items() if v not in (None, [])})
-        _write_shards(temporary, tensors, dtypes, max_shard_bytes)
+        _write_shards(temporary, model.state_dict() | expand(quantized), max_shard_bytes)
 
 
 def check_output(folder: str | Path, *, overwrite: bool) -> None:
@@ -160,26 +141,18 @@ def check_output(folder: str | Path, *, overwrite: bool) -> None:
             raise CheckpointError(f"{folder} is not only an exported model ({found}); it is not overwritten")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype], limit: int) -> None:
-    """Write `tensors` in their order, in `dtypes` where named, as few files as `limit` bytes each allow."""
-    sizes = {name: tensor.numel() * dtypes.get(name, tensor.dtype).itemsize for name, tensor in tensors.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
+def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], limit: int) -> None:
+    """Write `tensors` in their order, in as few files as `limit` bytes each allow."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(part.nbytes for part in shards[-1].values()) + tensor.nbytes > limit:
+            shards.append({})
+        shards[-1][name] = tensor
     files = [SINGLE]
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
-    for file, names in zip(files, shards, strict=True):
-        write_tensors(folder / file, {name: tensors[name].to(dtypes.get(name, tensors[name].dtype)) for name in names})
+        places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+    for file, shard in zip(files, shards, strict=True):
+        write_tensors(folder / file, shard)

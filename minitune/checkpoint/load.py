@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from minitune.checkpoint.adapter import adapter_quantization, all_finite, fail_listing, load_adapter
+from minitune.checkpoint.adapter import adapter_quantization, all_finite, check_fit, load_adapter
 from minitune.checkpoint.huggingface import open_folder, refuse_pickle, save_model
 from minitune.checkpoint.prequantized import StoredQuantized, check_settings, configuration, group, kept_folder
 from minitune.device import as_dtype
@@ -223,15 +223,11 @@ def _check_fit(config: ModelConfig, tensors: Mapping[str, Stored], path: Path) -
         expected = Transformer(config, device="meta", init=False).state_dict()
     except (RuntimeError, TypeError) as error:  # torch's, for sizes that overflow
         raise CheckpointError(f"{path}: the config's sizes are impossible ({str(error).splitlines()[0]})") from None
-    unknown = [name for name in tensors if name not in expected and not name.endswith(_IGNORED)]
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is not part of this model" for name in unknown]
-    for name, tensor in tensors.items():
-        if name in expected and tuple(tensor.shape) != tuple(expected[name].shape):
-            problems.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name].shape)}")
-        elif name in expected and not tensor.dtype.is_floating_point:
-            problems.append(f"{name} is stored as {tensor.dtype}, which weights cannot be")
-    fail_listing(f"{path} does not fit its own config", problems)
+    check_fit(
+        f"{path} does not fit its own config",
+        {name: parameter.shape for name, parameter in expected.items()},
+        {name: tensor for name, tensor in tensors.items() if not name.endswith(_IGNORED)},
+    )
 
 
 def _fill(stored: Stored, place: torch.Tensor, where: str) -> None:

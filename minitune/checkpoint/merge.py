@@ -57,7 +57,7 @@ def merge(model: Transformer, dtype: torch.dtype | None = None) -> MergeReport:
     adapted = {path: layer for path, layer in linear_modules(model).items() if layer.lora is not None}
     if not adapted:
         raise CheckpointError("there is no adapter to merge; load one with adapter=...")
-    dtype = dtype or model.head_weight.dtype
+    dtype = dtype or model.dtype
     sums = {path: _merge_layer(path, layer, dtype) for path, layer in adapted.items()}
     for path, weight in quantized_weights(model).items():  # those without adapter
         linear_modules(model)[path].replace_weight(weight.dequantize(dtype))

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from minitune.codebooks import codebook, dynamic_map
 from minitune.errors import CheckpointError, ConfigError
-from minitune.ops.blockwise8 import dynamic_map
-from minitune.ops.nf4 import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor, codebook
+from minitune.ops.nf4 import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor
 
 _STATE = "quant_state.bitsandbytes__"
 _KINDS = {_STATE + "nf4": "nf4", _STATE + "fp4": "fp4"}

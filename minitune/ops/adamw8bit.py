@@ -20,9 +20,10 @@ import math
 
 import torch
 
+from minitune.codebooks import dynamic_map
 from minitune.errors import ConfigError
 from minitune.ops.backend import kernel
-from minitune.ops.blockwise8 import dequantize_blockwise, dynamic_map, quantize_blockwise
+from minitune.ops.blockwise8 import dequantize_blockwise, quantize_blockwise
 from minitune.ops.rounding import round_stochastically
 
 BLOCK_SIZE = 256

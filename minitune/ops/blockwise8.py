@@ -19,37 +19,11 @@ from collections.abc import Callable
 
 import torch
 
+from minitune.codebooks import midpoints
 from minitune.errors import ConfigError
 
 CHUNK = 1 << 17  # elements worked on at a time: the passes over them stay in a core's cache
 TINY = 1e-38  # divides a block of zeros; below it fp32 has no finite reciprocal
-
-
-def even_steps(start: float, end: float, count: int) -> torch.Tensor:
-    """Return `count` fp32 numbers from start to end, as `torch.linspace` gives them where it fuses multiply and add.
-
-    The published tables were made so; on processors without that instruction `torch.linspace` is an ulp off.
-    """
-    first, last = torch.tensor([start, end])
-    step = ((last - first) / (count - 1)).double()
-    i = torch.arange(count, dtype=torch.float64)
-    return torch.where(i < count // 2, first + step * i, last - step * (count - 1 - i)).float()
-
-
-@functools.cache
-def dynamic_map(signed: bool, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Return the 256 values of the map, ascending, fp32, in [-0.993, 1] or [0, 1]; shared: don't write to it."""
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = even_steps(0.1, 1, 2 ** (exponent + (0 if signed else 1)) + 1)
-        centres = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += centres.tolist() + ((-centres).tolist() if signed else [])
-    return torch.tensor(sorted(values), device=device)
-
-
-def midpoints(values: torch.Tensor) -> torch.Tensor:
-    """Return the (n-1,) fp32 boundaries between n ascending values."""
-    return (values[:-1] + values[1:]) / 2
 
 
 @functools.lru_cache(maxsize=16)

@@ -19,13 +19,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from minitune.codebooks import ascending, codebook, dynamic_map
 from minitune.errors import CheckpointError, ConfigError
 from minitune.ops.backend import kernel
 from minitune.ops.blockwise8 import (
     CHUNK,
     dequantize_blockwise,
-    dynamic_map,
-    even_steps,
     nearest,
     quantize_blocks,
     quantize_blockwise,
@@ -35,34 +34,6 @@ from minitune.ops.blockwise8 import (
 BLOCK_SIZES = tuple(2**exponent for exponent in range(5, 13))
 NESTED_BLOCK = 256  # scales that share one scale in double quantisation
 KINDS = ("nf4", "fp4", "int8")
-
-
-@functools.cache
-def codebook(kind: str, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Return the (16,) fp32 values of "nf4" or "fp4" in the order of their codes; shared: don't write to it."""
-    return {"nf4": _nf4, "fp4": _fp4}[kind]().to(device)
-
-
-def _nf4() -> torch.Tensor:
-    """Quantiles of a standard normal (QLoRA, equation 4): 7 below zero, zero, 8 above it, divided by the largest."""
-    outermost = 0.9677083  # probability: the mean of 1 - 1/30 and 1 - 1/32, as the published table has it
-    below = -torch.special.ndtri(even_steps(outermost, 0.5, 8)[:-1].double())
-    above = torch.special.ndtri(even_steps(outermost, 0.5, 9)[:-1].double())
-    values = torch.cat([below, torch.zeros(1), above.flip(0)]).float()
-    return values / values[-1]
-
-
-def _fp4() -> torch.Tensor:
-    """Floats of a sign, two bits of exponent and one of fraction, in bitsandbytes' order, divided by the largest."""
-    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
-    return torch.cat([positive, 0 - positive])
-
-
-@functools.cache
-def _ascending(kind: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the values in ascending order and the code of each."""
-    values, codes = codebook(kind, device).sort(stable=True)
-    return values, codes.to(torch.uint8)
 
 
 @functools.cache
@@ -205,7 +176,7 @@ def quantize_4bit(flat: torch.Tensor, block_size: int, kind: str) -> tuple[torch
     """
     if run := kernel("nf4.quantize_4bit", flat):
         return run(flat, block_size, kind)
-    values, order = _ascending(kind, flat.device)
+    values, order = ascending(kind, flat.device)
     index, absmax = quantize_blocks(flat, block_size, lambda scaled: nearest(scaled, values), torch.uint8)
     if len(flat) % 2:
         index = torch.cat([index, nearest(torch.zeros(1, device=flat.device), values)])

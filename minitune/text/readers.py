@@ -148,7 +148,7 @@ def read_gguf(path: Path) -> tuple[Tokenizer, dict, list[int]]:
 
     Raises CheckpointError where the file is damaged, or its kind of tokenizer or split is unknown.
     """
-    from minitune.text.gguf_reader import read_file  # loads numpy
+    from minitune.gguf_io import read_file  # loads numpy
 
     metadata = {name.removeprefix("tokenizer."): value for name, value in read_file(path, arrays=True)[0].items()}
     tokens, kind, split = (metadata.get(name) for name in ("ggml.tokens", "ggml.model", "ggml.pre"))

@@ -56,12 +56,11 @@ def close(ours, theirs, tolerance=1e-5):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), ("layers.1.self_attn.v_proj",)])
-def test_ours_loads_in_peft_and_comes_back(base, tmp_path, rslora, given, targets):
-    model, config = adapted(base, target_modules=targets, rslora=rslora)
+def test_ours_loads_in_peft_and_comes_back(base, tmp_path, rslora, targets):
+    model, _ = adapted(base, target_modules=targets, rslora=rslora)
     expected = model.eval()(IDS)
-    save_adapter(model, tmp_path, "the-base", config if given else None)
+    save_adapter(model, tmp_path, "the-base")
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert close(expected, peft.PeftModel.from_pretrained(plain, tmp_path)(IDS).logits)
     again = load_model(base, adapter=tmp_path)
@@ -107,7 +106,8 @@ def test_a_config_without_alpha_means_what_it_means_to_peft(base, tmp_path):
         ("field_of_the_future", 1, "field_of_the_future"),
         ("init_lora_weights", "pissa", "pissa"),
         ("peft_type", "IA3", "'IA3' is not supported"),
-        ("task_type", "SEQ_CLS", "SEQ_CLS"),
+        ("task_type", "SEQ_CLS", "has no reward head"),
+        ("task_type", "SEQ_2_SEQ_LM", "task_type"),
         ("r", 0, "rank is 0"),
         ("r", "4", "whole number"),
         ("lora_alpha", "high", "adapter_config.json"),
@@ -132,7 +132,7 @@ def test_adapter_of_another_model_is_refused_with_every_misfit(base, other, tmp_
     with pytest.raises(CheckpointError) as caught:
         load_adapter(fresh, tmp_path)
     assert "layers.0.self_attn.q_proj.lora_A.weight is [4, 32]" in str(caught.value)
-    assert "layers.1.self_attn.q_proj.lora_B.weight has no place" in str(caught.value)
+    assert "layers.1.self_attn.q_proj.lora_B.weight is not part of this model" in str(caught.value)
     assert not lora_modules(fresh)
 
 
@@ -143,10 +143,10 @@ def test_damaged_adapters_are_refused(base, tmp_path):
     tensors = load_file(file)
     name = next(iter(tensors))
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
-    with pytest.raises(CheckpointError, match="only half of its pair"):
+    with pytest.raises(CheckpointError, match="lora_A.weight is missing"):
         load_model(base, adapter=tmp_path)
     save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)}, file)
-    with pytest.raises(CheckpointError, match="lm_head.lora_A.weight has no place"):
+    with pytest.raises(CheckpointError, match="lm_head.lora_A.weight is not part"):
         load_model(base, adapter=tmp_path)
     save_file({}, file)
     with pytest.raises(CheckpointError, match="no tensors"):
@@ -164,8 +164,6 @@ def test_saving_needs_one_adapter(base, tmp_path):
     with pytest.raises(CheckpointError, match="no adapter to save"):
         save_adapter(load_model(base), tmp_path)
     model, _ = adapted(base)
-    with pytest.raises(CheckpointError, match="does not describe"):
-        save_adapter(model, tmp_path, None, LoRAConfig(rank=8))
     with pytest.raises(ConfigError, match="adapter already"):
         save_adapter(model, tmp_path)
         load_adapter(model, tmp_path)

@@ -39,7 +39,7 @@ def test_folder_goes_round_through_transformers(tiny_folder, tmp_path, tie, limi
 def test_tokenizer_template_and_stop_ids_come_along(tiny_folder, tmp_path):
     source = tiny_folder(tmp_path / "source")
     (source / "generation_config.json").write_text('{"eos_token_id": [258, 256]}')
-    save_model(load_model(source), load_tokenizer(source), tmp_path / "saved", dtype=torch.bfloat16)
+    save_model(load_model(source, dtype="bfloat16"), load_tokenizer(source), tmp_path / "saved")
     theirs, ours = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "saved")
     messages = [{"role": "user", "content": "héllo <b>"}, {"role": "assistant", "content": "1 2"}]
     expected = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from minitune.codebooks import dynamic_map
 from minitune.errors import ConfigError
 from minitune.kernels import adamw8bit
 from minitune.ops import adamw8bit as reference
 from minitune.ops.adamw8bit import zero_moment
-from minitune.ops.blockwise8 import dequantize_blockwise, dynamic_map
+from minitune.ops.blockwise8 import dequantize_blockwise
 from tests.kernels.proof import DEVICE, DTYPES, SIZES, assert_as_exact, draw, framed, mutant, reference_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN and infinity

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from minitune.codebooks import ascending, midpoints
 from minitune.errors import ConfigError
-from minitune.kernels import nf4, tables
-from minitune.ops import blockwise8
+from minitune.kernels import nf4
 from minitune.ops import nf4 as reference
 from tests.kernels.proof import DEVICE, DTYPES, SIZES, draw, framed, guarded_outputs, mutant, reference_backend
 
@@ -43,18 +43,6 @@ def check_quantize(module, x, block_size, kind):
     torch.testing.assert_close(ours, (packed, absmax), rtol=0, atol=0, equal_nan=True)
 
 
-def test_tables():
-    for kind in ("nf4", "fp4"):
-        assert torch.equal(tables.codebook(kind, DEVICE), reference.codebook(kind, DEVICE))
-        values, order = reference._ascending(kind, DEVICE)
-        middle, ours = tables.boundaries(kind, DEVICE)
-        assert torch.equal(middle, blockwise8.midpoints(values)) and torch.equal(ours, order.int())
-    for signed in (True, False):
-        assert torch.equal(tables.dynamic_map(signed, DEVICE), blockwise8.dynamic_map(signed, DEVICE))
-        middle = blockwise8.midpoints(blockwise8.dynamic_map(signed, DEVICE))
-        assert torch.equal(tables.map_boundaries(signed, DEVICE), middle)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [*SIZES, 2, 4096, 4097, 64 * 256 + 129])
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -80,7 +68,7 @@ def test_quantize(dtype, n):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_quantize_what_is_rare(kind):
     """Every boundary and its neighbours; blocks of zeros, of the smallest numbers, with a NaN, with an infinity."""
-    middle = tables.boundaries(kind, DEVICE)[0]
+    middle = midpoints(ascending(kind, DEVICE)[0])
     near = torch.cat([middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1), middle.new_ones(1), -middle])
     check_quantize(nf4, near, 64, kind)
     for value in (0.0, -0.0, 1e-45, 1e-38, -3e38, float("inf"), float("nan")):

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from minitune.codebooks import dynamic_map
 from minitune.errors import ConfigError
 from minitune.ops import adamw8bit
 from minitune.ops.adamw8bit import adamw8bit_step, zero_moment
-from minitune.ops.blockwise8 import dynamic_map
 from tests.kernels.proof import mutant
 
 RATE, BETAS, EPS, DECAY = 1e-2, (0.9, 0.99), 1e-8, 0.1

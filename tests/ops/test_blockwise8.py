@@ -4,9 +4,10 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from minitune.codebooks import dynamic_map, midpoints
 from minitune.errors import ConfigError
 from minitune.ops import blockwise8
-from minitune.ops.blockwise8 import dequantize_blockwise, dynamic_map, midpoints, nearest, quantize_blockwise
+from minitune.ops.blockwise8 import dequantize_blockwise, nearest, quantize_blockwise
 from minitune.ops.nf4 import codebook
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

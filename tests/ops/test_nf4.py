@@ -8,9 +8,11 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from minitune import codebooks
+from minitune.codebooks import dynamic_map, even_steps, midpoints
 from minitune.errors import CheckpointError, ConfigError
 from minitune.ops import nf4
-from minitune.ops.blockwise8 import CHUNK, dynamic_map, even_steps, midpoints
+from minitune.ops.blockwise8 import CHUNK
 from minitune.ops.nf4 import BLOCK_SIZES, QuantizedTensor, codebook, quantize
 
 # QLoRA, appendix E.
@@ -76,8 +78,8 @@ def test_codebook_is_quantiles_of_a_normal():
 
 @pytest.mark.parametrize("outermost", [0.9677, 0.9677083333333334, 1 - 1 / 32])
 def test_another_outermost_probability_is_caught(outermost, monkeypatch):
-    monkeypatch.setattr(nf4, "even_steps", lambda first, last, count: even_steps(outermost, last, count))
-    assert nf4._nf4().tolist() != PUBLISHED
+    monkeypatch.setattr(codebooks, "even_steps", lambda first, last, count: even_steps(outermost, last, count))
+    assert codebooks._nf4().tolist() != PUBLISHED
 
 
 @FOUR_BITS

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitune.errors import CheckpointError, ConfigError, DataError
-from minitune.text.gguf_reader import read_file
+from minitune.gguf_io import read_file
 from minitune.text.stream import byte_level_alphabet
 from minitune.text.tokenizer import load_tokenizer
 

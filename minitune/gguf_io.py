@@ -1,4 +1,4 @@
-"""The `gguf` package's reader, bounded and quick, for the metadata of a file and the places of its tensors.
+"""GGUF files: their metadata and the places of their tensors, by the `gguf` package's reader, made bounded and quick.
 
 The package's own makes several array views for each element of an array, 2.7 s for a vocabulary of 49,152
 (2 cores; time `gguf.GGUFReader(path)`), and believes every count. Here an array is one checked pass.
