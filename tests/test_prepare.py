@@ -230,6 +230,13 @@ def test_rows_beyond_the_model_are_refused_as_training_does(tiny_folder, rows, t
     assert main([path, "--model", model, "--max_length", "400", "--rows", "0"]) == 1
     shown = capsys.readouterr().out
     assert f"1 x a row over the model's 256 positions; set max_length to 256 or less ({path}:1)" in shown
+    # each fits alone, but kto also reads the first prompt with the second answer
+    judged = [("q" * 150, "a", True), ("q", "a" * 150, False)]
+    path = rows([dict(zip(("prompt", "completion", "label"), row, strict=True)) for row in judged])
+    assert main([path, "--model", model, "--rows", "0"]) == 1
+    assert (
+        f"1 x a row over the model's 256 positions; set max_length to 256 or less ({path}:1)" in capsys.readouterr().out
+    )
 
 
 def test_files_without_a_row_get_the_verdict_alone(model, tmp_path, capsys):

@@ -49,9 +49,10 @@ class PreferenceBatch(Batch):
 
     Document 2i is the chosen and 2i + 1 the rejected side of pair i. owners (B, T) int64: the document that each
     token belongs to, -1 for padding. ends (N, 2) int64: row and column of each document's last token. reference
-    (N,) fp32: summed log-probability of each document's targets under the reference model, in nats. margins
-    (N / 2,) fp32: by how much each chosen side is better. The last two are None unless every item has one.
-    desirable (N,) bool: the judgements; None for pairs.
+    (N,) fp32: summed log-probability of each document's targets under the reference model, in nats; None unless
+    every item has it. margins (N / 2,) fp32: by how much each chosen side is better, 0 where that is not said, so
+    that a pair's loss does not depend on its neighbours; None for judged examples. desirable (N,) bool: the
+    judgements; None for pairs.
 
     mismatched, of judged examples: their prompts with answers to others (`preferences.with_mismatches`).
     """
@@ -97,8 +98,8 @@ def collate_preferences(rows: Sequence[Sequence[Pair | Judged]], pad_id: int, *,
     if scored:
         batch = replace(batch, reference=_column(references, slice(0, len(items[0].documents))))
     if isinstance(items[0], Pair):
-        margins = [pair.margin for pair in items]
-        return batch if None in margins else replace(batch, margins=torch.tensor(margins, dtype=torch.float32))
+        margins = [pair.margin or 0.0 for pair in items]
+        return replace(batch, margins=torch.tensor(margins, dtype=torch.float32))
     laid = [[item.mismatched for item in row] for row in rows] if packing else [[item.mismatched] for item in items]
     others = collate_documents(laid, pad_id)
     others = replace(others, reference=_column(references, slice(1, 2)) if scored else None)

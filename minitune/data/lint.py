@@ -69,7 +69,7 @@ class Report:
 
 def refuse_beyond(report: Report, items: Sequence[Item], positions: int | None) -> None:
     """Add the problem of documents with more tokens than the model has positions, which training refuses too."""
-    longest = ((item.origin, max(len(document.ids) for document in item.documents)) for item in items)
+    longest = ((item.origin, max(len(document.ids) for document in item.scored if document)) for item in items)
     beyond = [origin for origin, length in longest if positions and length > positions]
     if beyond:
         kind, remedy = f"a row over the model's {positions} positions", f"set max_length to {positions} or less"
@@ -116,7 +116,7 @@ def inspect_files(
         lengths += survey.lengths
         _add_file(report, path, good, len(errors), survey)
     if kind != "examples" and sources:
-        _add_preferences(report, kinds, [item for items, _ in sources for item in items])
+        sources = _checked(report, kinds, sources)
     report.problems = list(kinds.values())
     report.empty = sum(p.count for p in report.problems if p.kind.startswith("a row without"))
     report.duplicates = _duplicates(records)
@@ -147,18 +147,19 @@ def _note(kinds: dict[str, Problem], kind: str, remedy: str, origin: str) -> Non
         problem.origins.append(origin)
 
 
-def _add_preferences(report: Report, kinds: dict[str, Problem], items: list[Item]) -> None:
-    """Add what pairs or judged answers have in common, and what training refuses of them together."""
+def _checked(report: Report, kinds: dict[str, Problem], sources: list[tuple]) -> list[tuple]:
+    """Add what preferences have in common and what training refuses of them together; return them as it has them."""
+    parts, weights = zip(*sources, strict=True)
+    items = [item for part in parts for item in part]
     report.preferences = preference_summary(items)
     errors = contradictions(items)
     for error in errors:
         _note(kinds, error.problem, error.remedy, error.origin)
-    if errors:
-        return
     try:
-        checked_preferences([items], [])
+        return sources if errors else list(zip(checked_preferences(parts, [])[0], weights, strict=True))
     except DataError as error:
         _note(kinds, str(error), "", items[0].origin)
+        return sources
 
 
 def _add_file(report: Report, path: str, records: list[Any], broken: int, survey: Survey) -> None:

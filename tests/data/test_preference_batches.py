@@ -61,10 +61,11 @@ def test_packed_pairs_lie_side_by_side():
     assert two_rows.ends.tolist() == [[0, 2], [0, 6], [1, 2], [1, 4]]
 
 
-def test_margins_and_references_are_there_for_all_or_for_none():
+def test_a_reference_is_there_for_all_or_for_none_and_no_margin_is_zero():
     bare = Pair(PAIRS[0].chosen, PAIRS[0].rejected)
     batch = collate_preferences([[PAIRS[1]], [bare]], 0, packing=False)
-    assert batch.margins is None and batch.reference is None
+    assert batch.reference is None
+    assert batch.margins.tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("packing", [True, False])
