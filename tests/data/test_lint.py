@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from minitune.data.corpus import Encoding, Source, load_corpus
 from minitune.data.examples import build_examples
 from minitune.data.formats import read_records
 from minitune.data.lint import histogram, inspect_files
@@ -146,3 +147,69 @@ def test_histogram_holds_every_length_in_few_bins():
     assert sum(count for _, _, count in bins) == 6
     assert histogram([]) == []
     assert histogram([7]) == [(7, 7, 1)]
+
+
+def pair(prompt="q", chosen="a", rejected="b", **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | more
+
+
+def judged(prompt, completion, label):
+    return {"prompt": prompt, "completion": completion, "label": label}
+
+
+PREFERENCES = {
+    "good.jsonl": [pair(), pair("r"), pair(margin=2)],
+    "partly.jsonl": [pair(), pair(chosen="b"), pair(score_chosen=1, score_rejected=1)],
+    "equal.jsonl": [pair(chosen="b")],
+    "tied.jsonl": [pair(score_chosen=1, score_rejected=1)],
+    "swapped.jsonl": [pair(), pair(chosen="b", rejected="a")],
+    "empty.jsonl": [pair(), pair(rejected=" ")],
+    "long.jsonl": [pair("q" * 60), pair()],
+    "longside.jsonl": [pair(), pair(rejected="b" * 60)],
+    "broken.jsonl": [pair(), "{\n"],
+    "worse.jsonl": [pair(margin=-1)],
+    "scored.jsonl": [{"instruction": "q", "completions": [{"response": "a", "score": 1}, {"response": "b"}]}],
+    "supervised.jsonl": [{"prompt": "q", "completion": "a"}],
+    "judged.jsonl": [judged("q", "a", True), judged("r", "b", False)],
+    "onelabel.jsonl": [judged("q", "a", True), judged("r", "b", True)],
+    "oneprompt.jsonl": [judged("q", "a", True), judged("q", "b", False)],
+    "both.jsonl": [judged("q", "a", True), judged("r", "a", False), judged("r", "a", True)],
+    "nolabel.jsonl": [judged("q", "a", True), judged("r", "b", "no")],
+}
+
+
+@pytest.mark.parametrize("truncate", ["error", "prompt", "drop"])
+@pytest.mark.parametrize("kind", ["pairs", "judged"])
+def test_a_problem_of_preferences_is_found_exactly_where_training_refuses(tmp_path, tokenizers, kind, truncate):
+    refusals = set()
+    for name, rows in PREFERENCES.items():
+        path = write(tmp_path, name, rows)
+        try:
+            load_corpus([Source(path)], [], tokenizers["plain"], Encoding(40, truncate), kind=kind)
+        except DataError as error:
+            refusals.add(name)
+            assert "\n" not in str(error)
+        report, items = inspect([path], tokenizers["plain"], truncate=truncate, kind=kind)
+        assert bool(report.problems) == (name in refusals), name
+        assert report.examples == len(items)
+    accepted = {"pairs": {"good.jsonl", "partly.jsonl"}, "judged": {"judged.jsonl"}}[kind]
+    accepted |= {"long.jsonl", "longside.jsonl"} if (kind, truncate) == ("pairs", "drop") else set()
+    accepted |= {"long.jsonl"} if (kind, truncate) == ("pairs", "prompt") else set()
+    assert set(PREFERENCES) - refusals == accepted
+
+
+def test_an_epoch_of_pairs_is_counted_by_hand(tmp_path, tokenizers):
+    rows = [pair("qq", "a" * 9, "b" * 4), pair("qq", "a" * 3, "b" * 6), pair("qqq", "a", "bb", margin=1)]
+    report, items = inspect([write(tmp_path, "a.jsonl", rows)], tokenizers["plain"], kind="pairs", packing=False)
+    # bytes and EOS: 12 and 7, 6 and 9, 5 and 6 tokens; of the answers 10 and 5, 4 and 7, 2 and 3
+    assert (report.examples, report.tokens, report.target_tokens) == (3, 45, 31)
+    assert report.percentiles == {50: 9, 90: 12, 99: 12, 100: 12}
+    found = report.preferences
+    assert (found["chosen_tokens"], found["rejected_tokens"], found["margins"]) == (16, 15, 1)
+    assert found["lengths"] == {"chosen": {50: 4, 90: 10, 99: 10, 100: 10}, "rejected": {50: 5, 90: 7, 99: 7, 100: 7}}
+    assert found["chosen_longer"] == pytest.approx(1 / 3)
+    # padded, the two shortest pairs share a batch of 4 rows of 9, the longest has 2 of 12; packed, 45 tokens
+    # in rows of 2 x 40 lie in one
+    assert report.batches == 2
+    assert report.efficiency == {"padded": pytest.approx(45 / (4 * 9 + 2 * 12)), "packed": 1.0}
+    assert len(items) == 3
