@@ -111,33 +111,17 @@ def scale_arguments(weight) -> tuple:
     return weight.absmax_codes, weight.nested_absmax, weight.offset, dynamic_map(True, device), True
 
 
-def _launch(packed, scales, block_size, kind, out):
-    *pointers, nested = scales
-    nf4_dequantize[(triton.cdiv(out.numel(), BLOCK),)](
-        packed, *pointers, codebook(kind, packed.device), out, out.numel(),
-        NESTED=nested, BLOCK_SIZE=block_size, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
-
-
 def dequantize(weight, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return a QuantizedTensor of kind nf4 or fp4 in `dtype` (None: its own), or written to `out` of its shape."""
-    scales = scale_arguments(weight)
+    packed, (*pointers, nested) = weight.packed, scale_arguments(weight)
     if out is None:
-        out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.packed.device)
-    require("out", out, shape=weight.shape, device=weight.packed.device, contiguous=True)
-    return _launch(weight.packed, scales, weight.block_size, weight.kind, out)
-
-
-def dequantize_4bit(
-    packed: torch.Tensor, absmax: torch.Tensor, block_size: int, kind: str, out: torch.Tensor
-) -> torch.Tensor:
-    """Fill out (n,), fp32, fp16 or bf16, with fp32 code x absmax, rounded once."""
-    _check(kind, block_size, packed, out.numel())
-    like = {"device": packed.device, "contiguous": True}
-    require("absmax", absmax, dtypes=FLOATS[:1], shape=(-(-out.numel() // block_size),), **like)
-    require("out", out, shape=(None,), **like)
-    return _launch(packed, (*(absmax,) * 4, False), block_size, kind, out)
+        out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=packed.device)
+    require("out", out, shape=weight.shape, device=packed.device, contiguous=True)
+    nf4_dequantize[(triton.cdiv(out.numel(), BLOCK),)](
+        packed, *pointers, codebook(weight.kind, packed.device), out, out.numel(),
+        NESTED=nested, BLOCK_SIZE=weight.block_size, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
 
 
 def quantize_4bit(flat: torch.Tensor, block_size: int, kind: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:

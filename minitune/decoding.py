@@ -260,23 +260,19 @@ def _generate_batch(
     rows, head = list(prompts), model.head_weight
     lengths = torch.tensor([len(prompt) for prompt in prompts.values()], device=head.device)
     hidden, cache = _read_prompts(model, list(prompts.values()), lengths, max_new_tokens)
-    seen = _seen(prompts, head) if sampling.repetition_penalty != 1.0 else None
-    uniforms = _uniforms(rows, max_new_tokens, seed).to(head.device) if sampling.temperature > 0 else None
+    seen, uniforms = _seen(prompts, head), _uniforms(rows, max_new_tokens, seed).to(head.device)
     padded = len(set(lengths.tolist())) > 1
     for step in range(max_new_tokens):
         (logits,) = projections(hidden[:, -1], [head], [None], [None])  # (B, V)
-        tokens = next_tokens(logits, sampling, seen, None if uniforms is None else uniforms[:, step])
+        tokens = next_tokens(logits, sampling, seen, uniforms[:, step])
         going = [i for i, token in enumerate(tokens.tolist()) if accept(rows[i], token)]
         if not going or step + 1 == max_new_tokens:
             return
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
+        seen.scatter_(1, tokens[:, None], True)
         if len(going) < len(rows):
             rows, keep = [rows[i] for i in going], torch.tensor(going, device=head.device)
             cache.select(keep)
-            tokens, lengths = tokens[keep], lengths[keep]
-            seen = None if seen is None else seen[keep]
-            uniforms = None if uniforms is None else uniforms[keep]
+            tokens, lengths, seen, uniforms = (tensor[keep] for tensor in (tokens, lengths, seen, uniforms))
         positions = lengths[:, None] + step if padded else None
         hidden = model.hidden(tokens[:, None], positions=positions, cache=cache)
 
@@ -293,14 +289,11 @@ def _read_prompts(
     cache = KVCache(model.config, len(prompts), width + max_new_tokens, dtype, device)
     # At least one token of every prompt is read here, so that each row has a last hidden state.
     prefix = os.path.commonprefix([list(prompt[:-1]) for prompt in prompts])
-    start = 0
-    if len(prompts) > 1 and len(prefix) >= SHARED_PREFIX:
-        start = len(prefix)
+    start = len(prefix) if len(prompts) > 1 and len(prefix) >= SHARED_PREFIX else 0
+    if start:
         _fill_shared(model, prefix, pads, cache)
-    hidden = model.hidden(
-        ids[:, start:], positions=positions[:, start:] if bool(pads.any()) or start else None, cache=cache
-    )
-    return hidden, cache
+    places = positions[:, start:] if bool(pads.any()) or start else None
+    return model.hidden(ids[:, start:], positions=places, cache=cache), cache
 
 
 def _fill_shared(model: Transformer, prefix: list[int], pads: torch.Tensor, cache: KVCache) -> None:

@@ -109,8 +109,7 @@ class QuantizedTensor:
             return _fill_rows(self.packed, self.scales(), out)
         if run := kernel("nf4.dequantize", out):  # decodes the scales too
             return run(self, out=out)
-        dequantize_4bit(self.packed, self.scales(), self.block_size, self.kind, out.view(-1))
-        return out
+        return _fill_pairs(self.packed, self.scales(), self.block_size, self.kind, out)
 
 
 def quantize(
@@ -184,16 +183,13 @@ def quantize_4bit(flat: torch.Tensor, block_size: int, kind: str) -> tuple[torch
     return (codes[::2] << 4) | codes[1::2], absmax
 
 
-def dequantize_4bit(
-    packed: torch.Tensor, absmax: torch.Tensor, block_size: int, kind: str, out: torch.Tensor
-) -> torch.Tensor:
-    """Fill out (n,), of any float dtype, with fp32 code x absmax, rounded once."""
-    if run := kernel("nf4.dequantize_4bit", out):
-        return run(packed, absmax, block_size, kind, out)
+def _fill_pairs(packed: torch.Tensor, absmax: torch.Tensor, block_size: int, kind: str, out: torch.Tensor):
+    """Fill out with fp32 code x absmax, rounded once."""
+    flat = out.view(-1)
     step = CHUNK if out.device.type == "cpu" else 1 << 22  # elements
     index, pairs = _room(out.device, step // 2, threading.get_ident())
-    for start in range(0, len(out), step):
-        part, data = out[start : start + step], packed[start // 2 : (start + step) // 2]
+    for start in range(0, len(flat), step):
+        part, data = flat[start : start + step], packed[start // 2 : (start + step) // 2]
         chosen = index[: len(data)].copy_(data)
         torch.index_select(_pairs(kind, out.device), 0, chosen, out=pairs[: len(data)])
         values = pairs.view(torch.float32)[: len(part)]

@@ -10,43 +10,40 @@ import torch.nn.functional as F
 from minitune.ops.backend import kernel
 
 
-class _SwiGLU(torch.autograd.Function):
+def _activated(gate, gelu: bool):
+    return F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)
+
+
+class _GLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up, gelu):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.gelu = gelu
+        return _activated(gate, gelu).mul_(up)
 
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate = torch.ops.aten.silu_backward(dy * up, gate)
-        return dgate, F.silu(gate).mul_(dy)
+        if ctx.gelu:
+            dgate = torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh")
+        else:
+            dgate = torch.ops.aten.silu_backward(dy * up, gate)
+        return dgate, _activated(gate, ctx.gelu).mul_(dy), None
 
 
-class _GeGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.gelu(gate, approximate="tanh").mul_(up)
-
-    @staticmethod
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        dgate = torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh")
-        return dgate, F.gelu(gate, approximate="tanh").mul_(dy)
+def _glu(gate, up, gelu: bool):
+    if gate.is_cuda and (fused := kernel("swiglu.geglu" if gelu else "swiglu.swiglu", gate, up)):
+        return fused(gate, up)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _GLU.apply(gate, up, gelu)
+    return _activated(gate, gelu).mul_(up)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up for gate and up of one shape (..., F)."""
-    if gate.is_cuda and (fused := kernel("swiglu.swiglu", gate, up)):
-        return fused(gate, up)
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _SwiGLU.apply(gate, up)
-    return F.silu(gate).mul_(up)
+    return _glu(gate, up, gelu=False)
 
 
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return gelu(gate) * up, GELU in its tanh form, for gate and up of one shape (..., F)."""
-    if gate.is_cuda and (fused := kernel("swiglu.geglu", gate, up)):
-        return fused(gate, up)
-    return _GeGLU.apply(gate, up)
+    return _glu(gate, up, gelu=True)

@@ -44,19 +44,15 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[dict], cuts: Sequence[tuple[int, bool]], variables: dict[str, str]
     ) -> list[str | MinituneError]:
-        """Render `messages[:n]`, with the generation prompt if asked, for each (n, prompt) in `cuts`.
+        """Render `messages[:n]`, plain JSON, with the generation prompt if asked, for each (n, prompt) in `cuts`.
 
         `variables` are the special tokens by name (`bos_token`, ...). A rendering that fails is returned as the
         error to raise: DataError where the template refuses the conversation, CheckpointError where the template
         is at fault. A template that runs too long raises CheckpointError at once.
         """
         request = {"source": self.source, "messages": list(messages), "cuts": list(cuts), "variables": variables}
-        try:
-            line = json.dumps(request)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"a conversation must be plain JSON values ({error})") from error
         kinds = {"text": str, "refused": DataError, "broken": CheckpointError}
-        answers = _worker.ask(line, self.name)
+        answers = _worker.ask(json.dumps(request), self.name)
         return [kinds[kind](text if kind == "text" else f"{self.name} {text}") for kind, text in answers]
 
 

@@ -1,5 +1,7 @@
 """The NF4 and FP4 kernels, bit for bit against `ops/nf4.py`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,13 +27,12 @@ def quantized(n, dtype=torch.float32, block_size=64, double_quant=True, kind="nf
 def check_dequantize(module, weight, dtype):
     with reference_backend():
         truth = weight.dequantize(dtype)
-        scales = weight.scales()
     with guarded_outputs():
         ours = module.dequantize(weight, dtype)
     assert ours.dtype == dtype and torch.equal(ours, truth)
     room = torch.full((len(truth) + 2 * MARGIN,), float("nan"), dtype=dtype, device=DEVICE)
     out = room[MARGIN:-MARGIN]
-    module.dequantize_4bit(weight.packed, framed(scales), weight.block_size, weight.kind, out)
+    module.dequantize(weight, out=out)
     assert torch.equal(out, truth) and room[:MARGIN].isnan().all() and room[-MARGIN:].isnan().all()
 
 
@@ -92,17 +93,16 @@ def test_a_matrix_into_a_given_tensor():
 
 
 def test_bad_input():
-    weight = quantized(100)
-    packed, scales = weight.packed, weight.scales()
-    out = torch.empty(100, device=DEVICE)
+    weight = quantized(100, double_quant=False)
+    packed, scales = weight.packed, weight.absmax
     cases = [
         (lambda: nf4.quantize_4bit(draw(8).double(), 64, "nf4"), "flat is float64"),
         (lambda: nf4.quantize_4bit(draw(8, 8)[:, 0], 64, "nf4"), "flat has the strides (8,)"),
         (lambda: nf4.quantize_4bit(draw(8), 48, "nf4"), "block_size is 48"),
         (lambda: nf4.quantize_4bit(draw(8), 64, "int8"), "kind is 'int8'"),
-        (lambda: nf4.dequantize_4bit(packed[:-1], scales, 64, "nf4", out), "packed has the shape (49,)"),
-        (lambda: nf4.dequantize_4bit(packed, scales[:1], 64, "nf4", out), "absmax has the shape (1,)"),
-        (lambda: nf4.dequantize_4bit(packed, scales.half(), 64, "nf4", out), "absmax is float16"),
+        (lambda: nf4.dequantize(replace(weight, packed=packed[:-1])), "packed has the shape (49,)"),
+        (lambda: nf4.dequantize(replace(weight, absmax=scales[:1])), "absmax has the shape (1,)"),
+        (lambda: nf4.dequantize(replace(weight, absmax=scales.half())), "absmax is float16"),
         (lambda: nf4.dequantize(weight, torch.float64), "out is float64"),
     ]
     for call, text in cases:
