@@ -25,8 +25,6 @@ from minitune.ops.nf4 import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor
 _STATE = "quant_state.bitsandbytes__"
 _KINDS = {_STATE + "nf4": "nf4", _STATE + "fp4": "fp4"}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
-_NESTED = {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
 
 
 def to_bitsandbytes(name: str, weight: QuantizedTensor) -> dict[str, torch.Tensor]:
@@ -41,15 +39,11 @@ def to_bitsandbytes(name: str, weight: QuantizedTensor) -> dict[str, torch.Tenso
     """
     if weight.kind == "int8":
         raise ConfigError(f"{name} is int8; bitsandbytes' 4-bit form holds nf4 and fp4, so quantise it to one of these")
-    fields = {
-        "quant_type": weight.kind,
-        "blocksize": weight.block_size,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "shape": list(weight.shape),
-    }
+    offset = None if weight.offset is None else weight.offset.item()
+    dtype = str(weight.dtype).removeprefix("torch.")
+    fields = _fields(weight.kind, weight.block_size, dtype, list(weight.shape), offset)
     tensors = {"absmax": weight.absmax, "quant_map": codebook(weight.kind).clone()}  # tensors to save share no memory
     if weight.absmax is None:
-        fields |= _NESTED | {"nested_offset": weight.offset.item()}
         tensors["absmax"] = weight.absmax_codes
         tensors |= {"nested_absmax": weight.nested_absmax, "nested_quant_map": dynamic_map(True).clone()}
     tensors[_STATE + weight.kind] = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
@@ -108,19 +102,24 @@ def read_state(name: str, parts: Mapping[str, torch.Tensor]) -> tuple[str, dict[
     return kind, fields
 
 
+def _fields(kind: str, block_size: Any, dtype: Any, shape: Any, offset: Any) -> dict[str, Any]:
+    """Return the state's JSON; `offset` is None without double quantisation."""
+    fields = {"quant_type": kind, "blocksize": block_size, "dtype": dtype, "shape": shape}
+    if offset is not None:
+        fields |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return fields
+
+
 def _valid(fields: dict[str, Any], kind: str) -> bool:
-    shape, offset = fields.get("shape"), fields.get("nested_offset")
-    nested = fields.keys() > _FIELDS
+    block_size, dtype, shape, offset = (fields.get(name) for name in ("blocksize", "dtype", "shape", "nested_offset"))
     return (
-        fields.keys() == (_FIELDS | _NESTED.keys() | {"nested_offset"} if nested else _FIELDS)
-        and fields["quant_type"] == kind
-        and str(fields["dtype"]) in _DTYPES
-        and fields["blocksize"] in BLOCK_SIZES
+        fields == _fields(kind, block_size, dtype, shape, offset)
+        and str(dtype) in _DTYPES
+        and block_size in BLOCK_SIZES
         and isinstance(shape, list)
         and len(shape) > 0
-        and all(type(size) is int and size > 0 for size in [*shape, fields["blocksize"]])
-        and (not nested or all(fields[key] == value for key, value in _NESTED.items()))
-        and (not nested or (type(offset) is float and abs(offset) < torch.finfo(torch.float32).max))
+        and all(type(size) is int and size > 0 for size in [*shape, block_size])
+        and (offset is None or (type(offset) is float and abs(offset) < torch.finfo(torch.float32).max))
     )
 
 

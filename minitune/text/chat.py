@@ -59,12 +59,11 @@ def render_chat(
     place = "start"
     for segment in segments:
         if segment.control:
-            run = tokenizer.encode(segment.text, bos=False, control=True)
+            run, place = tokenizer.encode(segment.text, bos=False, control=True), "control"
         else:
-            run = tokenizer.encode_run(segment.text, place)
+            run, place = tokenizer.encode_run(segment.text, place), "inside"
         ids += run
         targets += [segment.target] * len(run)
-        place = "control" if segment.control else "inside"
     if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
         raise DataError(f"{tokenizer.chat_template.name} writes the BOS token twice; remove one from it")
     complete = tokenizer.with_bos(ids)

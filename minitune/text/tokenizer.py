@@ -110,18 +110,15 @@ class Tokenizer:
         return frozenset(self.control_ids.values()) - {self._encoder.unknown_id}
 
     @cached_property
-    def _control_pattern(self) -> re.Pattern:
-        """Matches a control token, one group for each, with the white space that it swallows."""
-        blank, added, literals = r"[^\S\x1c-\x1f]*", self._encoder.added, []  # what Unicode calls white space
-        for token in self._longest_first:
-            flags = added[token][1] if token in added else None
+    def _control(self) -> tuple[re.Pattern, list[int]]:
+        """Matches a control token, with the white space that it swallows; the id of the token of each of its groups."""
+        literals = sorted(self.control_ids, key=len, reverse=True)
+        blank, groups = r"[^\S\x1c-\x1f]*", []  # what Unicode calls white space
+        for token in literals:
+            _, flags = self._encoder.added.get(token, (None, None))
             before, after = (blank if getattr(flags, side, False) else "" for side in ("lstrip", "rstrip"))
-            literals.append(f"{before}({re.escape(token)}){after}")
-        return re.compile("|".join(literals) or "(?!)")
-
-    @cached_property
-    def _longest_first(self) -> list[str]:
-        return sorted(self.control_ids, key=len, reverse=True)
+            groups.append(f"{before}({re.escape(token)}){after}")
+        return re.compile("|".join(groups) or "(?!)"), [self.control_ids[token] for token in literals]
 
     def _probe(self, count: int) -> str:
         """Render a harmless conversation, to see what the template writes around turns; "" where it cannot."""
@@ -135,10 +132,9 @@ class Tokenizer:
 
     def split_control(self, text: str) -> list[tuple[str, int | None]]:
         """Cut text at control tokens: (characters, id) for each of them, (characters, None) for what is between."""
-        parts, at = [], 0
-        for match in self._control_pattern.finditer(text):
-            id = self.control_ids[self._longest_first[match.lastindex - 1]]
-            parts += [(text[at : match.start()], None), (match[0], id)]
+        (pattern, ids), parts, at = self._control, [], 0
+        for match in pattern.finditer(text):
+            parts += [(text[at : match.start()], None), (match[0], ids[match.lastindex - 1])]
             at = match.end()
         return [part for part in [*parts, (text[at:], None)] if part[0]]
 
