@@ -199,17 +199,17 @@ def test_a_problem_of_preferences_is_found_exactly_where_training_refuses(tmp_pa
 
 
 def test_an_epoch_of_pairs_is_counted_by_hand(tmp_path, tokenizers):
-    rows = [pair("qq", "a" * 9, "b" * 4), pair("qq", "a" * 3, "b" * 6), pair("qqq", "a", "bb", margin=1)]
+    rows = [pair("qq", "a" * 9, "b" * 4), pair("qq", "a" * 3, "b" * 6), pair("qqq", "a", "b", margin=1)]
     report, items = inspect([write(tmp_path, "a.jsonl", rows)], tokenizers["plain"], kind="pairs", packing=False)
-    # bytes and EOS: 12 and 7, 6 and 9, 5 and 6 tokens; of the answers 10 and 5, 4 and 7, 2 and 3
-    assert (report.examples, report.tokens, report.target_tokens) == (3, 45, 31)
+    # bytes and EOS: 12 and 7, 6 and 9, 5 and 5 tokens; of the answers 10 and 5, 4 and 7, 2 and 2
+    assert (report.examples, report.tokens, report.target_tokens) == (3, 44, 30)
     assert report.percentiles == {50: 9, 90: 12, 99: 12, 100: 12}
     found = report.preferences
-    assert (found["chosen_tokens"], found["rejected_tokens"], found["margins"]) == (16, 15, 1)
+    assert (found["chosen_tokens"], found["rejected_tokens"], found["margins"]) == (16, 14, 1)
     assert found["lengths"] == {"chosen": {50: 4, 90: 10, 99: 10, 100: 10}, "rejected": {50: 5, 90: 7, 99: 7, 100: 7}}
     assert found["chosen_longer"] == pytest.approx(1 / 3)
-    # padded, the two shortest pairs share a batch of 4 rows of 9, the longest has 2 of 12; packed, 45 tokens
-    # in rows of 2 x 40 lie in one
+    # padded, the two shortest pairs share a batch of 4 rows of 9, the longest has 2 of 12; packed, 44 tokens
+    # lie in one row of 2 x 40
     assert report.batches == 2
-    assert report.efficiency == {"padded": pytest.approx(45 / (4 * 9 + 2 * 12)), "packed": 1.0}
+    assert report.efficiency == {"padded": pytest.approx(44 / (4 * 9 + 2 * 12)), "packed": 1.0}
     assert len(items) == 3
