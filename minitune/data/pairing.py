@@ -86,17 +86,12 @@ def survey_preferences(
         survey.lengths.append(len(sides[longer].ids))
         for kept in fitted(record.sides[longer], sides[longer], tokenizer, survey, train_on):
             sides = [answer_to(kept.prompt, side) for side in sides]
-            return [_item(record, sides)]
+            judged = record.desirable is not None
+            return [Judged(sides[0], record.desirable) if judged else Pair(*sides, margin=record.margin)]
         return []
 
     survey.collect(records, encode)
     return survey
-
-
-def _item(record: PreferenceRecord, sides: list[Example]) -> Item:
-    if record.desirable is None:
-        return Pair(*sides, margin=record.margin)
-    return Judged(sides[0], record.desirable)
 
 
 def contradictions(items: Iterable[Pair | Judged]) -> list[RowError]:
