@@ -40,7 +40,7 @@ def build(config, method, dtype, *, lora=None, quantization=None):
     model = Transformer(config, dtype=dtype).train()
     if method == "qlora":
         for layer in linear_modules(model).values():
-            layer.replace_weight(quantize(layer.weight.data, **(quantization or NF4).arguments()))
+            layer.replace_weight(quantize(layer.weight.data, **dataclasses.asdict(quantization or NF4)))
     return model, trained(model, method, lora)
 
 

@@ -152,7 +152,7 @@ def _put(model, name: str, stored, dtype, device, quantize: QuantizationConfig |
         if not (inner and quantize):
             setattr(module, leaf, torch.nn.Parameter(weight))
             return
-        weight = quantize_weight(weight, **quantize.arguments(), name=where)
+        weight = quantize_weight(weight, **dataclasses.asdict(quantize), name=where)
     if quantize and configuration(weight) != quantize:
         raise ConfigError(
             f"{where} is stored as {configuration(weight)}, not {quantize}; ask for that, or leave it out"

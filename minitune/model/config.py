@@ -221,11 +221,6 @@ class QuantizationConfig:
         if self.block_size not in [2**power for power in range(5, 13)]:
             raise ConfigError(f"block_size is {self.block_size}; it must be a power of two from 32 to 4096")
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `ops.nf4.quantize`; int8 has no options."""
-        rest = {} if self.kind == "int8" else {"block_size": self.block_size, "double_quant": self.double_quant}
-        return {"kind": self.kind, **rest}
-
 
 def _check_fields(fields: dict[str, Any], where: str) -> None:
     """Raise ConfigError for a field that is not known, or known but at a value that is not implemented."""

@@ -116,8 +116,8 @@ def quantize(
     weight: torch.Tensor,
     kind: str = "nf4",
     *,
-    block_size: int | None = None,
-    double_quant: bool | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
     name: str = "the weight",
 ) -> QuantizedTensor:
     """Quantise a weight of any shape.
@@ -125,8 +125,8 @@ def quantize(
     Args:
         weight: fp32, fp16 or bf16; not empty.
         kind: nf4, fp4, or int8, which has one scale a row, absmax / 127.
-        block_size: for 4 bits a power of two from 32 to 4096 (None: 64); a row of int8 is its block.
-        double_quant: whether to keep the scales in 8 bits (None: for 4 bits only).
+        block_size: for 4 bits a power of two from 32 to 4096; a row of int8 is its block.
+        double_quant: whether to keep the scales of 4 bits in 8 bits; those of int8 are fp32.
         name: of the weight, for errors.
 
     Raises:
@@ -138,12 +138,10 @@ def quantize(
         block_size = weight.shape[-1]
         packed, absmax = quantize_blocks(weight, block_size, lambda scaled: scaled.mul_(127).round_(), torch.int8)
     else:
-        block_size = block_size or 64
         packed, absmax = quantize_4bit(weight.reshape(-1), block_size, kind)
     if not torch.isfinite(absmax).all():
         raise CheckpointError(f"{name} holds a NaN or infinity and cannot be quantised; the checkpoint is damaged")
-    nested = kind != "int8" if double_quant is None else double_quant
-    scales = _nest(absmax) if nested else {"absmax": absmax}
+    scales = _nest(absmax) if double_quant and kind != "int8" else {"absmax": absmax}
     return QuantizedTensor(packed, weight.shape, weight.dtype, block_size, kind, **scales)
 
 
@@ -155,9 +153,9 @@ def _check(weight, kind, block_size, double_quant, name):
             f"{name} is {list(weight.shape)} {weight.dtype}; only float32, float16 and bfloat16 weights with "
             f"at least one element can be quantised"
         )
-    if kind == "int8" and (block_size is not None or double_quant):
+    if kind == "int8" and (block_size, double_quant) != (64, True):  # the defaults, which it ignores
         raise ConfigError("int8 has one fp32 scale a row: leave out block_size and double_quant")
-    if block_size is not None and block_size not in BLOCK_SIZES:
+    if block_size not in BLOCK_SIZES:
         raise ConfigError(f"block_size is {block_size}; it must be a power of two from 32 to 4096")
 
 

@@ -36,7 +36,8 @@ def test_round_trip_through_transformers():
     [
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"model_type": "mamba"}, "not supported"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "architectures"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "a classifier of several labels"),
         ({"logit_scale": 2.0}, "'logit_scale' is not known"),
         ({"rms_norm_epss": 1e-5}, "did you mean 'rms_norm_eps'"),
         ({"hidden_act": "gelu"}, "hidden_act"),

@@ -1,5 +1,6 @@
 """Models whose linear weights are in 4 or 8 bits: which ones, what they compute, what a cast leaves, peak memory."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_every_linear_weight_but_the_head_is_quantised_from_what_is_stored(folde
     weights = quantized_weights(model)
     assert set(weights) == set(linear_modules(model)) and len(weights) == 2 * 7
     for path, weight in weights.items():
-        expected = quantize(stored[f"{path}.weight"], **wanted.arguments())
+        expected = quantize(stored[f"{path}.weight"], **dataclasses.asdict(wanted))
         assert all(torch.equal(weight.tensors()[field], part) for field, part in expected.tensors().items())
         assert weight.dtype == dtype
         assert torch.equal(weight.dequantize(), expected.dequantize(dtype))
