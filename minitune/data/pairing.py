@@ -12,16 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minitune.data.examples import (
-    Example,
-    Survey,
-    TrainOn,
-    Truncate,
-    encode_record,
-    fitted,
-    percentiles,
-    survey_examples,
-)
+from minitune.data.examples import Survey, TrainOn, Truncate, encode_record, fitted, percentiles, survey_examples
 from minitune.data.formats import Kind
 from minitune.data.preference_formats import PreferenceRecord
 from minitune.data.preferences import Item, Judged, Pair, answer_to, item_ids, with_mismatches

@@ -24,17 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minitune.data.formats import (
-    FORMATS,
-    Format,
-    Kind,
-    Record,
-    check_chat,
-    filled,
-    parse_alpaca,
-    read_turns,
-    text_field,
-)
+from minitune.data.formats import FORMATS, Format, Record, check_chat, filled, parse_alpaca, read_turns, text_field
 from minitune.data.reading import RowError
 from minitune.errors import nearest, type_name
 
@@ -88,11 +78,8 @@ def _parse_scored(fields: dict[str, Any], origin: str) -> PreferenceRecord:
         if scores[-1] is None:
             raise RowError(origin, "a completion without a score", "add overall_score or score, or remove the row")
     best, worst = max(scores), min(scores)
-    texts = {
-        name: text_field(answers[scores.index(score)], "response", origin)
-        for name, score in (("chosen", best), ("rejected", worst))
-    }
-    sides = _records(fields | texts, origin, ("chosen", "rejected"))
+    chosen, rejected = (text_field(answers[scores.index(score)], "response", origin) for score in (best, worst))
+    sides = _records(fields | {"chosen": chosen, "rejected": rejected}, origin, ("chosen", "rejected"))
     return PreferenceRecord(origin, sides, best - worst, tied=best == worst)
 
 
@@ -103,7 +90,7 @@ def _parse_judged(fields: dict[str, Any], origin: str) -> PreferenceRecord:
         problem = f"the field 'label' is {type_name(label)}, not true or false"
         raise RowError(origin, problem, "write true (desirable) or false")
     name = "output" if "instruction" in fields else "completion"
-    chat = next((field for field in ("messages", "conversations") if field in fields), None)
+    chat = next((field for field in _CHATS if field in fields), None)
     if chat and not {"prompt", name} & set(fields):
         turns = read_turns(fields[chat], chat, origin)
         fields = fields | {chat: None, "prompt": turns[:-1] or None, name: turns[-1:]}
@@ -208,17 +195,13 @@ def _shared_turns(sides: list[Turns], origin: str) -> tuple[Turns, list[Turns]]:
 
 
 _PROMPTS = ("prompt", "instruction", "input", "history", "system")
-FORMATS_OF: dict[Kind, dict[str, Format]] = {
+_NUMBERS = ("margin", "score_chosen", "score_rejected")
+_CHATS = ("messages", "conversations")
+FORMATS_OF: dict[str, dict[str, Format]] = {
     "examples": FORMATS,
     "pairs": {
-        "pairs": Format(
-            ("chosen", "rejected"),
-            (*_PROMPTS, "conversations", "margin", "score_chosen", "score_rejected"),
-            _parse_pair,
-        ),
+        "pairs": Format(("chosen", "rejected"), (*_PROMPTS, "conversations", *_NUMBERS), _parse_pair),
         "scored": Format(("completions",), (*_PROMPTS, "chosen", "rejected"), _parse_scored),
     },
-    "judged": {
-        "judged": Format(("label",), (*_PROMPTS, "completion", "output", "messages", "conversations"), _parse_judged)
-    },
+    "judged": {"judged": Format(("label",), (*_PROMPTS, *_CHATS, "completion", "output"), _parse_judged)},
 }
