@@ -9,8 +9,9 @@ import sys
 import time
 
 import pytest
+import torch
 
-from minitune import decoding, load_model, load_tokenizer
+from minitune import decoding, evaluate, load_model, load_tokenizer
 from minitune.decoding import Answer
 from minitune.errors import CheckpointError, ConfigError, DataError
 
@@ -153,6 +154,17 @@ def test_file_of_prompts(tiny, tmp_path, capsys):
 def test_options_without_meaning_are_refused(tiny, options, line):
     with pytest.raises(ConfigError, match=line):
         run(tiny, *options)
+
+
+@pytest.mark.parametrize("door", [generate, evaluate])
+def test_kernels_without_a_gpu_are_refused_in_one_line(door, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "a.txt").write_text("Hello")
+    asked = ["--prompt", "a"] if door is generate else ["--perplexity", str(tmp_path / "a.txt")]
+    with pytest.raises(
+        ConfigError, match="^backend is triton, but (Triton is not installed|torch finds no GPU here); "
+    ):
+        door.main(["--model", str(tiny), "--backend", "triton", *asked])
 
 
 def test_what_is_not_there_is_named(tiny, tmp_path):
