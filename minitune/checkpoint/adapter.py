@@ -31,14 +31,21 @@ _LISTED = 8
 _SCORE = f"{_PREFIX}score.weight"  # of a reward model: PEFT's `modules_to_save`
 _BASE = "minitune.base_quantization"  # in the file's metadata: PEFT's config has no field for it
 
-_USED = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save"}
+_USED = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+# Fields of which some values are implemented; the second task and module are those of a reward model.
+_ALLOWED = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", "SEQ_CLS", None),
+    "modules_to_save": (["score"], [], None),
+    # Those that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them.
+    "init_lora_weights": ("gaussian", "eva", "orthogonal", True, False, None),
+}
 # Where it came from, or which modules it has; the tensors themselves say the latter.
 _INERT = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
     "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
-# Initialisations that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PLAIN = "; convert the adapter to plain LoRA in PEFT (path_initial_model_for_weight_conversion)"
 
 
 def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
@@ -175,24 +182,16 @@ def fail_listing(what: str, problems: list[str]) -> None:
 
 def _check_fields(fields: dict[str, Any], where: Path) -> None:
     """Raise CheckpointError for a field that changes the result in a way not implemented here."""
-    if fields.get("peft_type") != "LORA":
-        raise CheckpointError(f"{where}: peft_type {fields.get('peft_type')!r} is not supported; supported: LORA")
-    kinds = ("CAUSAL_LM", "SEQ_CLS", None)  # the second is a reward model's
-    if fields.get("task_type") not in kinds:
-        raise CheckpointError(f"{where}: task_type {fields['task_type']!r} is not supported; supported: {kinds[:2]}")
     if not isinstance(fields.get("r"), int):
         raise CheckpointError(f"{where}: r is {fields.get('r')!r}; it must be a whole number")
-    if fields.get("init_lora_weights", True) not in _PLAIN_INITS:
-        raise CheckpointError(
-            f"{where}: init_lora_weights = {fields['init_lora_weights']!r} changes the base weights; "
-            f"convert the adapter to plain LoRA in PEFT (path_initial_model_for_weight_conversion)"
-        )
     problems = []
-    if fields.get("modules_to_save") not in (None, [], ["score"]):
-        problems.append(f"modules_to_save = {fields['modules_to_save']} is not implemented (only a reward head is)")
-    for name, value in fields.items():
+    for name, value in {"peft_type": None, **fields}.items():
         neutral = value in (None, False, "none", "", 0) or value == {} or value == []
-        if not neutral and name not in _USED | _INERT | {"init_lora_weights"}:
+        if name in _ALLOWED and value not in _ALLOWED[name]:
+            known = ", ".join(str(one) for one in _ALLOWED[name] if one)
+            remedy = _PLAIN if name == "init_lora_weights" else ""
+            problems.append(f"{name} {value!r} is not supported; supported: {known}{remedy}")
+        elif not neutral and name not in _USED | _INERT | _ALLOWED.keys():
             problems.append(f"{name} = {value!r} is not implemented")
     fail_listing(str(where), problems)
 
