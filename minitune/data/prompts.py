@@ -17,17 +17,16 @@ from typing import Any
 from minitune.data.formats import (
     FORMATS,
     Format,
-    Kind,
     Record,
     check_chat,
+    file_kind,
     filled,
-    kind_of,
     read_records,
     read_turns,
     text_field,
 )
 from minitune.data.preference_formats import FORMATS_OF
-from minitune.data.reading import RowError, read_rows
+from minitune.data.reading import read_rows
 from minitune.errors import DataError
 
 
@@ -41,39 +40,31 @@ def read_prompts(path: str | Path) -> list[Record]:
     if path.suffix.lower() == ".txt":
         ((_, fields),) = read_rows(path)
         lines = enumerate(fields["text"].split("\n"), 1)
-        return [_parse_prompt({"prompt": line}, f"{path}:{number}") for number, line in lines if line.strip()]
-    kind = kind_of_file(path)
-    formats = FORMATS | _OPEN if kind in (None, "examples") else FORMATS_OF[kind]
-    if kind is None:
-        formats = formats | {"prompt": Format(("prompt",), ("system",), _parse_prompt)}
-    return [_without_answer(row.sides[0]) for row in read_records(path, formats=formats)]
-
-
-def kind_of_file(path: str | Path) -> Kind | None:
-    """Return what the first sound row of a file is for (see `kind_of`); raises as `read_rows` does."""
-    return kind_of(next((fields for _, fields in read_rows(path) if not isinstance(fields, RowError)), {}))
+        records = [_parse_prompt({"prompt": line}, f"{path}:{number}") for number, line in lines if line.strip()]
+    else:
+        kind = file_kind(path)
+        records = read_records(path, formats=_FORMATS if kind == "examples" else FORMATS_OF[kind])
+    return [_without_answer(record.sides[0]) for record in records]
 
 
 def _without_answer(record: Record) -> Record:
     if record.text is not None:
         raise DataError(f"{record.origin}: a text without a question; give rows with a prompt")
-    if record.format == "prompt":
-        return record
     messages = record.messages and record.messages[: record.context or -1]
     return replace(record, messages=messages, completion=None)
 
 
 def _parse_prompt(fields: dict[str, Any], origin: str) -> Record:
+    if "completion" in fields:
+        return FORMATS["prompt_completion"].parse(fields, origin)
     if isinstance(fields["prompt"], list):
-        record = _parse_open(fields, origin, "prompt")
-        return replace(record, messages=record.messages[:-1])
+        return _parse_chat(fields, origin, "prompt")
     text = filled(text_field(fields, "prompt", origin), "a question", "prompt", origin)
-    system = text_field(fields, "system", origin, optional=True)
-    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
-    return Record(origin, "prompt", tuple(messages), None if system else text)
+    record = _parse_chat(fields | {"prompt": [{"role": "user", "content": text}]}, origin, "prompt")
+    return record if fields.get("system") else replace(record, prompt=text)
 
 
-def _parse_open(fields: dict[str, Any], origin: str, field: str = "messages") -> Record:
+def _parse_chat(fields: dict[str, Any], origin: str, field: str = "messages") -> Record:
     """Return a chat that may end with the user's turn; one that does gets an answer, to be left out again."""
     turns, system = read_turns(fields.get(field), field, origin), text_field(fields, "system", origin, optional=True)
     if turns[-1]["role"] != "assistant":
@@ -81,9 +72,14 @@ def _parse_open(fields: dict[str, Any], origin: str, field: str = "messages") ->
     return Record(origin, "", messages=check_chat(turns, system, origin))
 
 
-_OPEN = {
-    "messages": Format(("messages",), ("system",), _parse_open),
-    "sharegpt": Format(
-        ("conversations",), ("system",), lambda fields, origin: _parse_open(fields, origin, "conversations")
-    ),
+def _parse_sharegpt(fields: dict[str, Any], origin: str) -> Record:
+    return _parse_chat(fields, origin, "conversations")
+
+
+_FORMATS = {
+    "alpaca": FORMATS["alpaca"],
+    "messages": Format(("messages",), ("system",), _parse_chat),
+    "sharegpt": Format(("conversations",), ("system",), _parse_sharegpt),
+    "prompt": Format(("prompt",), ("completion", "system"), _parse_prompt),
+    "text": FORMATS["text"],
 }
