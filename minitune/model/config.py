@@ -87,14 +87,11 @@ class ModelConfig:
         """Refuse shapes that cannot be a model."""
         counts = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
                   "head_dim", "max_positions")  # fmt: skip
-        for name in counts:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ConfigError(f"model config: {name} is {value!r}; it must be a positive whole number")
-        for name in ("rope_theta", "norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-                raise ConfigError(f"model config: {name} is {value!r}; it must be a positive number")
+        for name in (*counts, "rope_theta", "norm_eps", "initializer_range"):
+            value, kinds = getattr(self, name), (int,) if name in counts else (int, float)
+            if type(value) not in kinds or not 0 < value < float("inf"):
+                whole = "whole " if name in counts else ""
+                raise ConfigError(f"model config: {name} is {value!r}; it must be a positive {whole}number")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly"
@@ -239,18 +236,16 @@ def _rope_theta(fields: dict[str, Any], where: str) -> float:
     """Return the rotary base from `rope_parameters` (transformers 5) or `rope_theta` (4)."""
     theta = fields.get("rope_theta")
     for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(name)
-        if rope is None:
-            continue
+        rope = fields.get(name) or {}
         if not isinstance(rope, dict):
             raise ConfigError(f"{where}: {name} is {rope!r}; it must be an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        unknown = set(rope) - {"rope_type", "type", "rope_theta"}
+        unknown = [f"the field {field!r}" for field in sorted(set(rope) - {"rope_type", "type", "rope_theta"})]
         if kind != "default" or unknown:
-            detail = f"kind {kind!r}" if kind != "default" else f"the field {sorted(unknown)[0]!r}"
+            detail = f"kind {kind!r}" if kind != "default" else unknown[0]
             raise ConfigError(f"{where}: {name} with {detail} is not implemented (only the default rope is)")
         inner = rope.get("rope_theta")
-        if inner is not None and theta is not None and inner != theta:
+        if None not in (inner, theta) and inner != theta:
             raise ConfigError(f"{where}: rope_theta is {theta} but {name} says {inner}")
-        theta = inner if inner is not None else theta
+        theta = theta if inner is None else inner
     return 10000.0 if theta is None else theta

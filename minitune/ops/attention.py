@@ -95,9 +95,8 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def _fused(q, k, v, seen: Visibility) -> torch.Tensor:
-    causal = seen.causal and seen.mask is None
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.mask, is_causal=seen.causal, enable_gqa=grouped)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Visibility) -> torch.Tensor:
