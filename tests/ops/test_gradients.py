@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minitune.ops import attention as attention_module
 from minitune.ops.attention import Visibility, _BlockedAttention, _fused, visibility
@@ -142,8 +144,10 @@ def test_an_input_that_is_made_again_gives_the_same_gradients():
     assert remade.value.data_ptr() not in kept and gate.data_ptr() in kept
 
 
+@pytest.mark.parametrize("span", [2048, 32])  # bytes: all rows at once, four at a time
 @pytest.mark.parametrize("weighted", [False, True])
-def test_linear_cross_entropy(monkeypatch, weighted):
+def test_linear_cross_entropy(monkeypatch, weighted, span):
+    monkeypatch.setattr("minitune.ops.cross_entropy.SPAN", span)
     monkeypatch.setattr("minitune.ops.cross_entropy.CHUNK", 3)
     monkeypatch.setattr("minitune.ops.cross_entropy.GRAIN", 4)
     hidden, head = draw(7, 4), draw(11, 4, seed=1)
@@ -154,6 +158,47 @@ def test_linear_cross_entropy(monkeypatch, weighted):
         torch.testing.assert_close(linear_cross_entropy(hidden, head, targets), eager)
     scale = torch.arange(1.0, 8.0, dtype=torch.float64) if weighted else torch.ones(7, dtype=torch.float64)
     assert gradcheck(lambda h, w: (linear_cross_entropy(h, w, targets) * scale).sum(), (hidden, head))
+
+
+class Made(TorchDispatchMode):
+    """Notes the dtype of every new storage of at least the bytes of `known`."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.threshold, self.seen, self.dtypes = known.nbytes, {known.untyped_storage().data_ptr()}, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.nbytes() >= self.threshold and storage.data_ptr() not in self.seen:
+                self.seen.add(storage.data_ptr())
+                self.dtypes.append(tensor.dtype)
+        return result
+
+
+def head_gradient(hidden, head, targets, monkeypatch):
+    """Return the head's gradient over three spans of 128 rows and three slices of it, and the large tensors made."""
+    monkeypatch.setattr("minitune.ops.cross_entropy.SPAN", 256)  # bytes
+    monkeypatch.setattr("minitune.ops.cross_entropy.SLICE", 300)
+    with Made(head) as made:
+        linear_cross_entropy(hidden, head, targets).sum().backward()
+    return head.grad, made.dtypes
+
+
+def test_a_16_bit_head_gradient_is_summed_in_fp32_without_a_copy(monkeypatch):
+    rows, vocabulary, width = 300, 700, 640
+    hidden = draw(rows, width, dtype=torch.bfloat16, grad=False)
+    head = draw(vocabulary, width, seed=1, dtype=torch.bfloat16)
+    targets = torch.arange(rows) * 7 % vocabulary
+    wide = head.detach().double().requires_grad_()
+    F.cross_entropy(hidden.double() @ wide.T, targets, reduction="sum").backward()
+    eager = head.detach().clone().requires_grad_()
+    F.cross_entropy((hidden @ eager.T).float(), targets, reduction="sum").backward()
+    ours, made = head_gradient(hidden, head, targets, monkeypatch)
+    error, theirs = ((grad.double() - wide.grad).norm() / wide.grad.norm() for grad in (ours, eager.grad))
+    assert error <= 2 * theirs
+    assert made == [torch.float32, torch.bfloat16], "the sum, and what it is rounded to"
 
 
 @pytest.mark.parametrize("length,block", [(5, 2), (4, 4), (7, 3), (6, 16)])
