@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,9 @@ def train(config: TrainConfig) -> TrainResult:
     tokenizer = load_tokenizer(config.model)
     stream = _load_data(config, tokenizer)
     corpus = stream.corpus
-    quantize = config.quantization.config() if config.method == "qlora" else None
-    model = load_model(config.model, dtype=dtype, device=device, quantize=quantize)
+    model = _load_model(config, dtype, device)
     tokenizer.check_fits(model.config.vocab_size)
     _check_lengths(corpus, model.config.max_positions)
-    model.gradient_checkpointing = config.gradient_checkpointing
     base = state.base_fingerprint(model)
     torch.manual_seed(config.seed)
     parameters = choose_parameters(model, config)
@@ -97,9 +96,6 @@ def train(config: TrainConfig) -> TrainResult:
     ratio = config.lora.plus_ratio or 1.0
     optimizer = Optimizer(parameters, config.optimizer, ratio, fused_backward=config.fused_backward)
     matters = state.fingerprint(config, corpus.files, base, str(dtype))
-    room = model.config.max_positions - config.evaluation.sample_tokens
-    asked = [] if config.objective == "reward" else [item.documents[0] for item in corpus.validation]
-    prompts = sample_prompts(asked, config.evaluation.samples, room)
     objective, guessing = _objective(config, model)
     total = config.max_steps * config.accumulation_steps if config.max_steps else stream.count(config.epochs)
     with sole_writer(folder):
@@ -117,7 +113,7 @@ def train(config: TrainConfig) -> TrainResult:
                 stream=stream.batches,
                 total_batches=total,
                 validation=stream.validation if corpus.validation else None,
-                sample=lambda: answer_samples(model, tokenizer, prompts, config.evaluation.sample_tokens),
+                sample=_sampler(model, tokenizer, corpus, config),
                 checkpoints=folder / "checkpoints",
                 fingerprint=matters,
                 progress=progress,
@@ -139,9 +135,28 @@ def _load_data(config: TrainConfig, tokenizer: Any) -> Stream:
         Encoding(config.max_length, config.truncate, config.train_on),
         held_out=config.validation_fraction or 0.0,
         seed=config.seed,
+        kind={"sft": "examples", "kto": "judged"}.get(config.objective, "pairs"),
     )
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
     return Stream(corpus, config.batch_size, config.max_length, config.packing, config.seed, pad_id)
+
+
+def _load_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
+    """Return the base, quantised where the method says so."""
+    quantize = config.quantization.config() if config.method == "qlora" else None
+    model = load_model(config.model, dtype=dtype, device=device, quantize=quantize)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model
+
+
+def _sampler(model: Transformer, tokenizer: Any, corpus: Corpus, config: TrainConfig) -> Callable[[], list]:
+    """Return what answers the sample prompts; a reward model has no answers."""
+    if config.objective == "reward":
+        return list
+    length = config.evaluation.sample_tokens
+    asked = [item.documents[0] for item in corpus.validation]
+    prompts = sample_prompts(asked, config.evaluation.samples, model.config.max_positions - length)
+    return lambda: answer_samples(model, tokenizer, prompts, length)
 
 
 def choose_parameters(model: Transformer, config: TrainConfig) -> dict[str, nn.Parameter]:
