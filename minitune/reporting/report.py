@@ -147,7 +147,7 @@ def _usage(options: dict[str, Any], outcome: dict[str, Any]) -> str:
 
 def _reward_usage(result: Path, model: str, quoted: str) -> str:
     """Say how to score answers with a reward model."""
-    which = f"--reward {model} --reward_adapter {quoted}" if result.name == "adapter" else f"--reward {quoted}"
+    which = f"--model {model} --adapter {quoted}" if result.name == "adapter" else f"--model {quoted}"
     command = f"python -m minitune.score {which} --data pairs.jsonl"
     theirs = "transformers.AutoModelForSequenceClassification (an adapter through PEFT, task type SEQ_CLS)"
     return f"## Use it\n\n```\n{command}\n```\n\nElsewhere: {theirs}.\n"
