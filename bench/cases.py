@@ -7,7 +7,7 @@ reached, "aim" is hoped for. Both sides get the same weights, token ids, optimis
 import math
 from dataclasses import dataclass
 
-LEARNING_RATE = 5e-4  # LoRA; a tenth of it for full fine-tuning
+LEARNING_RATE = 5e-4  # LoRA; a tenth of it for full fine-tuning and for preferences
 RANK, ALPHA = 16, 32.0
 PROMPT, NEW = 32, 128  # tokens of the generation cases
 ROW_POOL, ROW_LENGTH = 16, 512  # rows of the case on real rows, and the longest of them
@@ -40,14 +40,16 @@ class Case:
     """The peer, in words."""
     peer: str
     """peft, transformers, trl,
-    trl-grouped, trl-packed, litgpt, torchtune, bitsandbytes (with PEFT), linear4bit-train
+    trl-grouped, trl-packed, trl-dpo, litgpt, torchtune, bitsandbytes (with PEFT), linear4bit-train
     or linear4bit-eval (one layer of bitsandbytes), or lora: our own step on the unquantised model."""
     dtype: str = "float32"
     kind: str = "lora"
-    """lora, qlora, full, rows (LoRA on rows of varied length), generate, start, or of one quantised layer "forward" or
-    "gradient" (forward and the gradient of its input)."""
+    """lora, qlora, full, rows (LoRA on rows of varied length), dpo (LoRA on pairs), generate, start, or of one
+    quantised layer "forward" or "gradient" (forward and the gradient of its input)."""
     batch: int = 4
+    """Rows, or pairs: two rows of one prompt each."""
     length: int = 256
+    """Tokens of a row."""
     medium: bool = False
     """set_float32_matmul_precision("medium") on both sides."""
     checkpointing: bool = False
@@ -71,6 +73,11 @@ class Case:
         return 1e-4 if self.dtype == "float32" and not self.medium else 5e-2
 
     @property
+    def prompt(self) -> int:
+        """Tokens that both sides of a pair begin with; the others are learned."""
+        return self.length // 4
+
+    @property
     def unit(self) -> str:
         """What the printed times mean."""
         if self.layer:
@@ -90,7 +97,7 @@ class Case:
     @property
     def learning_rate(self) -> float:
         """Real rows are batched differently on each side; so that losses stay comparable, nothing moves there."""
-        return {"full": LEARNING_RATE / 10, "rows": 1e-9}.get(self.kind, LEARNING_RATE)
+        return {"full": LEARNING_RATE / 10, "dpo": LEARNING_RATE / 10, "rows": 1e-9}.get(self.kind, LEARNING_RATE)
 
 
 def _pair(name: str, title: str, peer: str, fp32: tuple, bf16: tuple, **rest) -> list[Case]:
@@ -113,6 +120,7 @@ def _layers() -> list[Case]:
 
 
 _TRL = {"memory_least": 0.5, "kind": "rows", "dtype": "bfloat16", "time_least": 0.35, "time_aim": 0.2}
+_DPO = {"kind": "dpo", "memory_least": 0.4, "memory_aim": 0.3}
 _LORA_MEMORY = {"memory_least": 0.5, "memory_aim": 0.35}
 CASES = [
     *_pair("lora", "transformers + PEFT", "peft", (0.5, 0.4), (0.7, 0.5), **_LORA_MEMORY),
@@ -125,6 +133,9 @@ CASES = [
     Case("rows", "TRL, real rows, as they come", "trl", **_TRL),
     Case("rows-grouped", "TRL, real rows, grouped by length", "trl-grouped", **_TRL),
     Case("rows-packed", "TRL, real rows, packed (bfd, padding-free)", "trl-packed", **_TRL),
+    *_pair("dpo", "TRL DPOTrainer, 2 pairs x 256", "trl-dpo", (0.45, 0.3), (0.45, 0.3), batch=2, **_DPO),
+    *_pair("dpo-long", "TRL DPOTrainer, 1 pair x 1024", "trl-dpo", (0.45, 0.3), (0.45, 0.3), batch=1, length=1024,
+           **_DPO),
     *_pair("long", "PEFT, 1 x 1024", "peft", (0.55, None), (0.75, None), batch=1, length=1024, memory_least=0.5),
     Case("generate-bf16", "transformers generate, greedy", "transformers", "bfloat16", "generate",
          time_least=1 / 1.6, time_aim=1 / 2.5),

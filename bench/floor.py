@@ -6,6 +6,7 @@ With N tokens, P weights in the linear layers, R the adapters' rank, V the vocab
     adapters   2 R (in + out) N for each layer, three times: forward, input, weights
     attention  2 matmuls of 2 H d pairs each forward, 5 backward (the scores are made again), pairs = T (T + 1) / 2
     head       2 V D M forward, as much for its input, as much for its weight if it trains
+    reference  base, attention and head forward once more, where another model's log-probabilities are needed
 
 What is not needed is left out: the input gradient of the first layer's q, k, v under LoRA, and with checkpointing
 the second making of each layer's result.
@@ -36,6 +37,7 @@ def step_flops(
     rank: int = RANK,
     causal: bool = True,
     attention_backward: int = 5,
+    reference: bool = False,
 ) -> float:
     """Return the floating-point operations of one training step, a multiplication and an addition being two.
 
@@ -47,6 +49,7 @@ def step_flops(
         checkpointing: whether the layers run forward twice.
         causal: count the pairs of tokens that see each other, else all pairs.
         attention_backward: matmuls of its backward pass; 4 where the probabilities are kept.
+        reference: whether the model runs forward once more, without adapters.
     """  # fmt: skip
     tokens, layers, linears = sum(lengths), config.num_layers, _linears(config)
     pairs = sum(n * (n + 1) / 2 if causal else n * n for n in lengths)
@@ -62,7 +65,8 @@ def step_flops(
         inner, width = linears[-1]
         again = forward - layers * 2 * tokens * width * (inner + (0 if full else rank))
     head = 2 * targets * config.vocab_size * config.hidden_size
-    return forward + again + backward + (3 if full else 2) * head
+    other = layers * (base + 2 * attention) + head if reference else 0.0
+    return forward + again + backward + (3 if full else 2) * head + other
 
 
 def generation_seconds(

@@ -218,8 +218,12 @@ def floor_seconds(case: Case, cache: Path, rates: dict[str, float]) -> float | N
     if case.kind == "rows":
         rows = json.loads((cache / "data.json").read_text(encoding="utf-8"))["rows"]
         lengths, targets = [len(row["ids"]) for row in rows], sum(sum(row["targets"]) for row in rows)
-    full = case.kind == "full"
-    return step_flops(config, lengths, targets, full=full, checkpointing=case.checkpointing) / rate
+    if case.kind == "dpo":
+        lengths = [case.length] * 2 * case.batch
+        targets = len(lengths) * (case.length - case.prompt)
+    full, reference = case.kind == "full", case.kind == "dpo"
+    flops = step_flops(config, lengths, targets, full=full, checkpointing=case.checkpointing, reference=reference)
+    return flops / rate
 
 
 def summary(case: Case, result: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 transformers and PEFT get a plain loop; TRL its trainer, timed inside it from `on_step_begin` to `on_step_end`.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.cases import ALPHA, NEW, PROMPT, RANK, ROW_LENGTH, WIDTH, Case
-from bench.worker import layer_rounds, layer_weight, read_data, windows
+from bench.worker import layer_rounds, layer_weight, pairs, read_data, windows
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -24,6 +25,8 @@ def run(case: Case, cache: Path, channel: Any) -> None:
     if case.layer:
         return linear4bit(case, cache, channel)
     torch.manual_seed(0)
+    if case.kind == "dpo":
+        return dpo_trainer(case, cache, channel)
     if case.peer.startswith("trl"):
         return sft_trainer(case, cache, channel)
     build = {"litgpt": litgpt, "torchtune": torchtune}.get(case.peer, transformers_or_peft)
@@ -114,16 +117,57 @@ def sft_trainer(case: Case, cache: Path, channel: Any) -> None:
     packed = case.peer == "trl-packed"
     order = {"trl-grouped": "group_by_length"}.get(case.peer, "random" if case.kind == "rows" else "sequential")
     config = SFTConfig(
-        output_dir=str(cache / "trl"), per_device_train_batch_size=2 if packed else case.batch, max_steps=10**6,
-        max_length=ROW_LENGTH, packing=packed, train_sampling_strategy=order, learning_rate=case.learning_rate,
-        lr_scheduler_type="constant", optim="adamw_torch_fused", bf16=False, use_cpu=True, report_to="none",
-        gradient_checkpointing=False, logging_strategy="no", save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=2 if packed else case.batch, max_length=ROW_LENGTH, packing=packed,
+        train_sampling_strategy=order, **_trl_settings(case, cache),
     )  # fmt: skip
     trainer = Paced(
         model=_load(case, cache), args=config, train_dataset=Dataset.from_list(_trl_rows(case, cache)),
         processing_class=AutoTokenizer.from_pretrained(cache / case.dtype), peft_config=_lora_config(),
         callbacks=[Pace()],
     )  # fmt: skip
+    trainer.train()
+
+
+def _trl_settings(case: Case, cache: Path) -> dict[str, Any]:
+    """Return what all of TRL's trainers are told."""
+    return {
+        "output_dir": str(cache / "trl"), "max_steps": 10**6, "learning_rate": case.learning_rate,
+        "lr_scheduler_type": "constant", "optim": "adamw_torch_fused", "bf16": False, "use_cpu": True,
+        "report_to": "none", "gradient_checkpointing": False, "logging_strategy": "no", "save_strategy": "no",
+        "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def dpo_trainer(case: Case, cache: Path, channel: Any) -> None:
+    """TRL's DPOTrainer with LoRA, the adapter switched off being the reference; a round is a step."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class Pace(TrainerCallback):
+        """Waits at a step's beginning; reports the mean log-probability of its tokens, as our side does."""
+
+        def on_step_begin(self, args, state, control, **rest):
+            channel.wait()
+
+        def on_step_end(self, args, state, control, **rest):
+            sums = [trainer._metrics["train"][f"logps/{side}"][-1] for side in ("chosen", "rejected")]
+            answer = case.length - case.prompt
+            channel.report(loss=-sum(sums) / (2 * answer), tokens=2 * case.batch * answer)
+
+    config = DPOConfig(
+        per_device_train_batch_size=case.batch, max_length=None, train_sampling_strategy="sequential",
+        **_trl_settings(case, cache),
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        model=_load(case, cache), args=config, processing_class=AutoTokenizer.from_pretrained(cache / case.dtype),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]), peft_config=_lora_config(),
+        callbacks=[Pace()],
+    )  # fmt: skip
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    batches = itertools.islice(pairs(case, cache), 50)
+    rows = [dict(zip(names, row, strict=True)) for batch in batches for row in batch]
+    trainer.train_dataset = Dataset.from_list(rows)  # in place of a text, which it would encode, with an end token
     trainer.train()
 
 

@@ -99,6 +99,17 @@ def windows(case: Case, cache: Path) -> Iterator[list[list[int]]]:
             yield [text[start + i * case.length : start + (i + 1) * case.length] for i in range(case.batch)]
 
 
+def pairs(case: Case, cache: Path) -> Iterator[list[tuple[list[int], list[int], list[int]]]]:
+    """Yield batches of (prompt, chosen, rejected), the same on both sides, without end: stretches of one text."""
+    text, answer = read_data(cache)["text"], case.length - case.prompt
+    size = case.prompt + 2 * answer
+    while True:
+        for start in range(0, len(text) - case.batch * size + 1, case.batch * size):
+            parts = [text[start + i * size : start + (i + 1) * size] for i in range(case.batch)]
+            cuts = case.prompt, case.prompt + answer
+            yield [(part[: cuts[0]], part[cuts[0] : cuts[1]], part[cuts[1] :]) for part in parts]
+
+
 def prepare(model: str, cache: Path) -> None:
     """Write what both sides read: the model as Hugging Face folders in two dtypes, and token ids."""
     from minitune.checkpoint.huggingface import save_model
@@ -124,9 +135,15 @@ def prepare(model: str, cache: Path) -> None:
 
 def our_rounds(case: Case, cache: Path) -> Iterator[list[Any]]:
     """Yield rounds of batches: one batch of fixed size, or the pool of real rows, packed."""
-    from minitune.data.batching import collate, plan_batches
+    from minitune.data.batching import collate, collate_preferences, plan_batches
     from minitune.data.examples import Example
+    from minitune.data.preferences import Pair
 
+    if case.kind == "dpo":
+        targets = (*[False] * case.prompt, *[True] * (case.length - case.prompt))
+        for batch in pairs(case, cache):
+            sides = [[Example((*prompt, *side), targets, "") for side in answers] for prompt, *answers in batch]
+            yield [collate_preferences([[Pair(*both)] for both in sides], pad_id=0, packing=False)]
     if case.kind != "rows":
         for rows in windows(case, cache):
             targets = (False, *[True] * (case.length - 1))
@@ -143,6 +160,7 @@ class _Pace:
 
     def __init__(self, case: Case, cache: Path, channel: Any):
         self.rounds, self.channel = our_rounds(case, cache), channel
+        self.pairs = case.batch if case.kind == "dpo" else 0
         self.loss_sum = self.tokens = self.seen = self.left = 0
 
     def stream(self, start: int) -> Iterator[Any]:
@@ -153,6 +171,9 @@ class _Pace:
 
     def step(self, line: dict[str, Any]) -> None:
         count, self.seen = line["target_tokens"] - self.seen, line["target_tokens"]
+        if self.pairs:  # the loss of their first step is ln 2 whatever they are: compare log-probabilities, per token
+            sums = line["chosen_log_probability"] + line["rejected_log_probability"]
+            line = {"loss": -sums * self.pairs / count}
         self.loss_sum += line["loss"] * count
         self.tokens += count
         self.left -= 1
@@ -169,12 +190,14 @@ def our_training(case: Case, cache: Path, channel: Any) -> None:
     from minitune.training.loop import Job, fit
     from minitune.training.objectives import supervised
     from minitune.training.optimizer import Optimizer
+    from minitune.training.preference import preference_objective
     from minitune.training.run import choose_parameters
     from minitune.training.state import Progress
 
     method = case.kind if case.kind in ("full", "qlora") else "lora"
     config = TrainConfig(
-        data="-", model=str(cache / case.dtype), method=method, max_steps=10**9, batch_size=case.batch,
+        data="-", model=str(cache / case.dtype), method=method, objective="dpo" if case.kind == "dpo" else "sft",
+        max_steps=10**9, batch_size=case.batch,
         accumulation_steps=1, dtype=case.dtype, gradient_checkpointing=case.checkpointing,
         checkpoint=CheckpointConfig(every_steps=10**9),
         lora=LoRAOptions() if method == "full" else LoRAOptions(rank=RANK, alpha=ALPHA),
@@ -191,10 +214,11 @@ def our_training(case: Case, cache: Path, channel: Any) -> None:
         )
     model.gradient_checkpointing = config.gradient_checkpointing
     parameters = choose_parameters(model, config)
+    objective = preference_objective("dpo", config.preference) if case.kind == "dpo" else supervised
     pace = _Pace(case, cache, channel)
     fit(Job(
         config=config, model=model, parameters=parameters, optimizer=Optimizer(parameters, config.optimizer),
-        objective=supervised, stream=pace.stream, total_batches=10**9, validation=None, sample=list,
+        objective=objective, stream=pace.stream, total_batches=10**9, validation=None, sample=list,
         checkpoints=cache / "never", fingerprint={}, progress=Progress(), journal=pace,
     ))  # fmt: skip
 
