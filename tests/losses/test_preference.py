@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minitune.losses import preference as P
+from tests.kernels.proof import mutant
 
 D = [0.7, -1.3, 0.0]  # margins in nats
 W, L = [-0.4, -1.2, -2.5], [-0.9, -0.3, -2.5]  # log-probabilities per token
@@ -148,3 +149,33 @@ def test_extreme_margins_do_not_overflow():
     loss = P.dpo_loss(d, 1.0, 0.1)
     loss.sum().backward()
     assert torch.isfinite(loss).all() and d.grad.tolist() == pytest.approx([-0.9, 0.1])
+
+
+MUTANTS = {  # the row of BY_HAND that catches it, what stands there, what a mistake would write
+    "dpo": ("beta * margin\n    return -(1", "margin\n    return -(1"),
+    "cdpo": ("label_smoothing * F.logsigmoid(-z)\n\n", "label_smoothing * F.logsigmoid(z)\n\n"),
+    "robust": ("(1 - 2 * label_smoothing)", "(1 - label_smoothing)"),
+    "ipo": ("1 / (2 * beta)) **", "1 / beta) **"),
+    "hinge": ("1 - beta * margin", "beta - margin"),
+    "orpo": ("return u - torch", "return -torch"),
+    "simpo": ("- gamma)", "+ gamma)"),
+    "reward": ("lead - margins)", "lead)"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(globals(), "P", mutant(P, tmp_path, *MUTANTS[name]))
+    if name == "orpo":  # that row holds the function itself
+        monkeypatch.setitem(BY_HAND, name, (P.odds_ratio_loss, *BY_HAND[name][1:]))
+    with pytest.raises(AssertionError):
+        test_value_and_gradient_by_hand(name)
+
+
+@pytest.mark.parametrize(
+    "old,new", [("log_ratio - baseline", "log_ratio"), ("(desirable, good, bad)", "(desirable, bad, good)")]
+)
+def test_mutants_of_kto_are_caught(tmp_path, monkeypatch, old, new):
+    monkeypatch.setitem(globals(), "P", mutant(P, tmp_path, old, new))
+    with pytest.raises(AssertionError):
+        test_kto_by_hand()
