@@ -12,11 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from minitune.sources import fetch
+
 ROOT = Path(__file__).parents[1]
 FORWARD, LORA, STEP = "01_forward_pass", "02_lora", "03_training_step"
 NF4, MATMUL, MEMORY = "06_nf4", "07_triton_matmul", "08_qlora_memory"
+DPO, FRONTIER = "09_dpo", "10_preference_frontier"
 PICTURES = {
     FORWARD: "attention.png", LORA: "singular_values.png", STEP: "loss_mask.png", NF4: "nf4.png", MEMORY: "memory.png",
+    DPO: "dpo_weight.png", FRONTIER: "preference_frontier.png",
 }  # fmt: skip
 PROMISED = {
     FORWARD: ("(B=1, T=5, H=9, d=64)", "(B=1, T=5, F=1536)", "x x x x x", "' Paris'", "one token in the cache: 46,080"),
@@ -30,8 +34,13 @@ PROMISED = {
     ),
     MATMUL: ("each number 21.6 times", "44 of 486 results are NaN", "4.5 bits a weight", "65 rows, its gradient"),
     MEMORY: ("agree: all that is saved", "agree: a QLoRA step on top", "QLoRA, ckpt", "94,440 bytes a token"),
+    DPO: ("agree: the minimum is p*", "three pairs in a chain", "margin 0.0, loss 0.693147", "weight fell from 0.5 b"),
+    FRONTIER: ("KL to itself 0.0", "agree: first loss of dpo", "agree: first loss of ipo", "dpo above sft"),
 }
-NEEDS_TRITON = {MATMUL, "a kernel forgets the scaling"}  # Triton is made for Linux only
+NEEDS = {  # Triton is made for Linux only, vaderSentiment is the tests' own
+    MATMUL: "triton", "a kernel forgets the scaling": "triton",
+    FRONTIER: "vaderSentiment", "the reference is never switched on": "vaderSentiment",
+}  # fmt: skip
 
 # A bug in the engine, planted before a tutorial runs: (tutorial, code, section it must not get past).
 BUGS = {
@@ -82,6 +91,27 @@ BUGS = {
         "m.Remade = type('Kept', (), {'of': staticmethod(lambda function, *inputs: function(*inputs))})",
         "== 3.",
     ),
+    "beta is applied twice": (
+        DPO,
+        "import minitune.losses.preference as m; right = m.dpo_loss\n"
+        "m.dpo_loss = lambda margin, beta, *rest: right(beta * margin, beta, *rest)",
+        "== 5.",
+    ),
+    "the prompt's tokens are counted": (
+        DPO,
+        "import minitune.data.batching as m; right = m.collate_preferences\n"
+        "def wrong(*arguments, **options):\n"
+        "    batch = right(*arguments, **options)\n"
+        "    batch.targets[:, :-1] = batch.ids[:, 1:]\n"
+        "    return batch\n"
+        "m.collate_preferences = wrong",
+        "== 7.",
+    ),
+    "the reference is never switched on": (
+        FRONTIER,
+        "import contextlib, minitune.model.lora as m; m.adapter_disabled = lambda model: contextlib.nullcontext()",
+        "== 6.",
+    ),
 }
 
 
@@ -128,18 +158,19 @@ def run(folder: Path, name: str, bug: str = "") -> Outcome:
 
 def runs_here(name: str) -> bool:
     """Tell whether a tutorial or bug can run on this machine."""
-    return name not in NEEDS_TRITON or importlib.util.find_spec("triton") is not None
+    return name not in NEEDS or importlib.util.find_spec(NEEDS[name]) is not None
 
 
 def or_skip(name: str) -> None:
     """Skip the test where what it needs is not installed."""
     if not runs_here(name):
-        pytest.skip(f"{name} needs Triton, which is not installed")
+        pytest.skip(f"{name} needs {NEEDS[name]}, which is not installed")
 
 
 @pytest.fixture(scope="module")
 def outcomes(smollm2_path, tmp_path_factory) -> dict[str, Outcome]:
     """All runs by the name of their tutorial or bug, two at a time."""
+    fetch("movie-reviews", progress=False)
     folder = tmp_path_factory.mktemp("tutorials")
     jobs = {name: (name, "") for name in PROMISED} | {name: bug[:2] for name, bug in BUGS.items()}
     jobs = {name: job for name, job in jobs.items() if runs_here(name)}
