@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from minitune.cli import parse
 from minitune.errors import ConfigError, DataError, check_seed, counted, run_command
+from minitune.files import atomic_file, file_sha256, write_json
 from minitune.loading import ModelOptions
 from minitune.training.config import TrainConfig
 
@@ -90,7 +91,6 @@ class Review:
 def main(argv: list[str] | None = None) -> None:
     """Do the steps that are not done yet and print the table."""
     config = parse(DemoConfig, argv, prog="python -m examples.sentiment", description=__doc__.split("\n")[0])
-    from minitune.files import file_sha256
     from minitune.sources import fetch
 
     folder = Path(config.output)
@@ -117,8 +117,6 @@ def step(path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) ->
     A folder that the result names has to be there still. Seconds and peak memory (MB, this process so far) of
     the work are added to the result.
     """
-    from minitune.files import atomic_file
-
     stored = read_json(path)
     if stored.get("key") == key and Path(stored["result"].get("result", ".")).is_dir():
         print(f"{path.stem}: done before, kept ({path})")
@@ -128,7 +126,7 @@ def step(path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) ->
     result = work()
     result |= {"wall_seconds": round(time.monotonic() - began, 1), "peak_rss_mb": peak_mb()}
     with atomic_file(path) as place:
-        place.write_text(json.dumps({"key": key, "result": result}, indent=1), encoding="utf-8")
+        write_json(place, {"key": key, "result": result})
     return result
 
 
@@ -184,8 +182,6 @@ def ask(review: Review, template: str, shots: list[Review]) -> list[dict[str, st
 
 def write_rows(reviews: list[Review], path: Path) -> Path:
     """Write reviews as chats that end with the right answer; returns the path."""
-    from minitune.files import atomic_file
-
     with atomic_file(path) as place, open(place, "w", encoding="utf-8") as file:
         for review in reviews:
             messages = [*ask(review, TRAINED, []), {"role": "assistant", "content": review.label}]
@@ -207,13 +203,12 @@ def training_plan(config: DemoConfig, files: dict[str, Path]) -> TrainConfig:
 
 def run_training(plan: TrainConfig, key: dict[str, Any], marker: Path) -> dict[str, Any]:
     """Train, or go on with an interrupted training of the same settings, which `marker` tells."""
-    from minitune.files import atomic_file
     from minitune.training.run import train
 
     begun = (Path(plan.output) / "config.yaml").is_file()
     same = read_json(marker) == key
     with atomic_file(marker) as place:
-        place.write_text(json.dumps(key), encoding="utf-8")
+        write_json(place, key)
     result = train(dataclasses.replace(plan, resume=begun and same, overwrite=begun and not same))
     if result.signal is not None:
         print("stopped and saved; the same command goes on from there", file=sys.stderr)
@@ -289,8 +284,6 @@ def _balanced(reviews: list[Review], count: int) -> list[Review]:
 
 def finish(folder: Path, config: DemoConfig, plan: TrainConfig, base: dict, trained: dict, tuned: dict) -> None:
     """Write results.json, print the table, the places and the command to go on with."""
-    from minitune.files import atomic_file
-
     parts = (base, trained, tuned)
     seconds = sum(part["wall_seconds"] for part in parts)
     peak = max(part["peak_rss_mb"] for part in parts)
@@ -299,7 +292,7 @@ def finish(folder: Path, config: DemoConfig, plan: TrainConfig, base: dict, trai
         "steps": trained["steps"], "target_tokens": trained["target_tokens"],
     }  # fmt: skip
     with atomic_file(folder / "results.json") as place:
-        place.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(place, result)
     print(table(base, tuned))
     files = json.loads((Path(plan.output) / "data.json").read_text(encoding="utf-8"))
     tokens = sum(file["training_tokens"] for file in files) * (plan.epochs or 1)

@@ -146,8 +146,8 @@ def _put(model, name: str, stored, dtype, device, quantize: QuantizationConfig |
             raise CheckpointError(f"{where} is quantised, which is supported for the layers' linear weights only")
         weight = stored.read().apply(lambda part: part.to(device))
     else:
-        kept_dtype = stored.dtype if inner and quantize else dtype
-        weight = torch.empty(stored.shape, dtype=kept_dtype, device=device)
+        read_as = stored.dtype if inner and quantize else getattr(module, leaf).dtype  # of a reward head it is fp32
+        weight = torch.empty(stored.shape, dtype=read_as, device=device)
         _fill(stored, weight, where)
         if not (inner and quantize):
             setattr(module, leaf, torch.nn.Parameter(weight))

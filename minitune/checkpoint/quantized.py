@@ -20,7 +20,8 @@ import torch
 
 from minitune.codebooks import codebook, dynamic_map
 from minitune.errors import CheckpointError, ConfigError
-from minitune.ops.nf4 import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor
+from minitune.ops.nf4 import NESTED_BLOCK, QuantizedTensor
+from minitune.ops.quantization import BLOCK_SIZES
 
 _STATE = "quant_state.bitsandbytes__"
 _KINDS = {_STATE + "nf4": "nf4", _STATE + "fp4": "fp4"}

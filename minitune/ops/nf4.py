@@ -30,10 +30,9 @@ from minitune.ops.blockwise8 import (
     quantize_blockwise,
     scale_blocks,
 )
+from minitune.ops.quantization import QuantizationConfig
 
-BLOCK_SIZES = tuple(2**exponent for exponent in range(5, 13))
 NESTED_BLOCK = 256  # scales that share one scale in double quantisation
-KINDS = ("nf4", "fp4", "int8")
 
 
 @functools.cache
@@ -133,7 +132,12 @@ def quantize(
         ConfigError: an option or the dtype is impossible or without effect.
         CheckpointError: the weight holds a NaN or infinity.
     """
-    _check(weight, kind, block_size, double_quant, name)
+    QuantizationConfig(kind, block_size, double_quant)  # refuses what is impossible or without effect
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not weight.numel():
+        raise ConfigError(
+            f"{name} is {list(weight.shape)} {weight.dtype}; only float32, float16 and bfloat16 weights with "
+            f"at least one element can be quantised"
+        )
     if kind == "int8":
         block_size = weight.shape[-1]
         packed, absmax = quantize_blocks(weight, block_size, lambda scaled: scaled.mul_(127).round_(), torch.int8)
@@ -143,20 +147,6 @@ def quantize(
         raise CheckpointError(f"{name} holds a NaN or infinity and cannot be quantised; the checkpoint is damaged")
     scales = _nest(absmax) if double_quant and kind != "int8" else {"absmax": absmax}
     return QuantizedTensor(packed, weight.shape, weight.dtype, block_size, kind, **scales)
-
-
-def _check(weight, kind, block_size, double_quant, name):
-    if kind not in KINDS:
-        raise ConfigError(f"cannot quantise to {kind!r}; known are {', '.join(KINDS)}")
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not weight.numel():
-        raise ConfigError(
-            f"{name} is {list(weight.shape)} {weight.dtype}; only float32, float16 and bfloat16 weights with "
-            f"at least one element can be quantised"
-        )
-    if kind == "int8" and (block_size, double_quant) != (64, True):  # the defaults, which it ignores
-        raise ConfigError("int8 has one fp32 scale a row: leave out block_size and double_quant")
-    if block_size not in BLOCK_SIZES:
-        raise ConfigError(f"block_size is {block_size}; it must be a power of two from 32 to 4096")
 
 
 def _nest(absmax: torch.Tensor) -> dict[str, torch.Tensor]:

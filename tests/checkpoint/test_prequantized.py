@@ -20,6 +20,7 @@ from minitune.checkpoint.quantized import to_bitsandbytes
 from minitune.errors import CheckpointError, ConfigError
 from minitune.model.config import LoRAConfig, QuantizationConfig
 from minitune.model.lora import add_lora, linear_modules, quantized_weights
+from minitune.model.transformer import add_score_head
 from minitune.ops.nf4 import quantize
 from minitune.safetensors_io import StoredTensor, write_tensors
 from minitune.training.config import LoRAOptions, QuantizationOptions, TrainConfig
@@ -355,6 +356,16 @@ def test_the_dtype_of_the_files_is_that_of_every_weight_in_them(bases, tmp_path)
     assert {weight.dtype for weight in quantized_weights(again).values()} == {torch.float32}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).train()
     assert same_weights(again, theirs) and apart(model, theirs) < 1e-5
+
+
+def test_a_reward_head_stays_in_fp32_over_a_base_in_4_bits(base, tmp_path):
+    model = load_model(base, dtype="bfloat16")
+    add_score_head(model)
+    save_model(model, None, tmp_path / "reward")
+    for _ in range(2):  # quantised, then from what was kept
+        again = load_model(tmp_path / "reward", quantize="nf4", dtype="bfloat16")
+        assert again.dtype == torch.bfloat16 and again.score.weight.dtype == torch.float32
+        assert torch.equal(again.score.weight, model.score.weight)
 
 
 def test_shards(bases, weights, tmp_path):

@@ -11,9 +11,9 @@ import torch
 from minitune import codebooks
 from minitune.codebooks import dynamic_map, even_steps, midpoints
 from minitune.errors import CheckpointError, ConfigError
-from minitune.ops import nf4
 from minitune.ops.blockwise8 import CHUNK
-from minitune.ops.nf4 import BLOCK_SIZES, QuantizedTensor, codebook, quantize
+from minitune.ops.nf4 import QuantizedTensor, codebook, quantize
+from minitune.ops.quantization import BLOCK_SIZES, KINDS
 
 # QLoRA, appendix E.
 PUBLISHED = [
@@ -202,7 +202,7 @@ def test_weights_of_several_chunks(n):
     assert torch.equal(ours.dequantize(), decode(packed, state, weight.shape))
 
 
-@pytest.mark.parametrize("kind", nf4.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_zeros_stay_zero(kind):
     weight = draw(8, 64)
     weight[2] = 0
@@ -236,7 +236,7 @@ def test_int8_rows():
     assert ((quantize(long, "int8").dequantize() - long).abs() <= long.abs().amax(1, keepdim=True) / 253.9).all()
 
 
-@pytest.mark.parametrize("kind", nf4.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_out(kind):
     weight = draw(37, 94, dtype=torch.bfloat16)
     ours = quantize(weight, kind)
@@ -284,7 +284,7 @@ def test_apply_moves_every_tensor():
     )
 
 
-@pytest.mark.parametrize("kind", nf4.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [(0, 0), (3, 17), (36, 92)])
 def test_non_finite_weights_are_refused_by_name(kind, bad, place):
