@@ -368,3 +368,24 @@ def test_accuracy_and_margin_by_hand():
     assert printed == (
         "accuracy  50.0%  (95% interval 15.0% to 85.0%; chosen above rejected in 2 of 4 pairs)\nmargin    mean 0.5"
     )
+
+
+def test_a_trained_reward_model_is_scored_and_scores(tiny, place, capsys):
+    from minitune import train
+
+    pairs = [
+        {"prompt": f"Say {word}", "chosen": f"{word} it is!", "rejected": f"no {word} today"}
+        for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")
+    ]
+    (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    train.main(
+        ["--config", "reward", "--model", tiny, "--data", "pairs.jsonl", "--output", "run", "--dtype", "float32"]
+        + ["--validation_fraction", "0", "--max_steps", "20", "--accumulation_steps", "1", "--max_length", "128"]
+        + ["--optimizer.learning_rate", "0.01"]
+    )
+    scoring = ["--model", tiny, "--adapter", "run/adapter", "--data", "pairs.jsonl", "--dtype", "float32"]
+    capsys.readouterr()
+    score.main(scoring)
+    assert "chosen above rejected in 8 of 8 pairs" in capsys.readouterr().out
+    run(tiny, "--reward", tiny, "--reward_adapter", "run/adapter")
+    assert rows()
