@@ -102,7 +102,8 @@ BUGS = {
         "import minitune.data.batching as m; right = m.collate_preferences\n"
         "def wrong(*arguments, **options):\n"
         "    batch = right(*arguments, **options)\n"
-        "    batch.targets[:, :-1] = batch.ids[:, 1:]\n"
+        "    inside = (batch.owners[:, :-1] == batch.owners[:, 1:]) & (batch.owners[:, 1:] >= 0)\n"
+        "    batch.targets[:, :-1] = batch.ids[:, 1:].masked_fill(~inside, -100)\n"
         "    return batch\n"
         "m.collate_preferences = wrong",
         "== 7.",

@@ -341,14 +341,25 @@ parameters = trainable_parameters(model)
 
 def log_probability(example):
     """Return log p(answer|prompt), the sum over the answer's tokens, from the full logits, in 64 bits."""
-    log_p = model(torch.tensor([example.ids]))[0].double().log_softmax(-1)  # (T, V)
     places = [place for place in range(len(example.ids) - 1) if example.targets[place + 1]]
-    return sum(log_p[place, example.ids[place + 1]] for place in places)
+    log_p = model(torch.tensor([example.ids]))[0, places].double().log_softmax(-1)  # (answer's tokens, V)
+    return sum(log_p[i, example.ids[place + 1]] for i, place in enumerate(places))
+
+
+def flat_gradient(value):
+    """Return the gradient by all adapters as one long vector, in 64 bits."""
+    return torch.cat([part.flatten().double() for part in torch.autograd.grad(value, list(parameters.values()))])
+
+
+def with_gradient(example):
+    """Return log p(answer|prompt) and its gradient, for what follows."""
+    value = log_probability(example)
+    return value.detach(), flat_gradient(value)
 
 
 with torch.no_grad(), adapter_disabled(model):
     reference_w, reference_l = log_probability(chosen), log_probability(rejected)
-log_w, log_l = log_probability(chosen), log_probability(rejected)
+(log_w, g_w), (log_l, g_l) = with_gradient(chosen), with_gradient(rejected)
 for name, example, own, other in (("chosen", chosen, log_w, reference_w), ("rejected", rejected, log_l, reference_l)):
     print(f"  {name:8}: {sum(example.targets):2} tokens, log p {own.item():.4f}, reference {other.item():.4f}")
     assert own == other
@@ -360,28 +371,22 @@ assert margin == 0 and math.isclose(loss.item(), math.log(2), rel_tol=1e-12)
 
 batch = collate_preferences([[Pair(chosen, rejected)]], tokenizer.pad_id, packing=True)
 B, T = batch.ids.shape
-sums, counts = answer_log_probabilities(model, batch)
+with torch.no_grad():
+    sums, counts = answer_log_probabilities(model, batch)
 print(f"  the engine's batch: both sides packed into ids (B={B}, T={T})")
 check("log p of both answers", [log_w.item(), log_l.item()], sums)
 assert counts.tolist() == [sum(chosen.targets), sum(rejected.targets)] and B == 1
 objective = preference_objective("dpo", PreferenceOptions(beta=beta).resolved("dpo"))
 loss_sum, pairs, metrics = objective(model, batch)
-check("the loss", loss, loss_sum, 1e-4)  # in 32 bits, where a sum over an answer is only so exact
+check("the loss", loss, loss_sum.detach(), 1e-4)  # in 32 bits, where a sum over an answer is only so exact
 assert pairs == 1 and abs(metrics["margin"][0]) < 1e-4
 
 # %% [markdown]
-"""Its gradient is -b/2 times the difference of two gradients, as section 5 says with d = 0. We take both from our full
-logits, and the whole from the engine.
+"""Its gradient is -b/2 times the difference of two gradients, as section 5 says with d = 0. Both came from our full
+logits above; the whole comes from the engine.
 """
 
-
 # %%
-def flat_gradient(value):
-    """Return the gradient by all adapters as one long vector, in 64 bits."""
-    return torch.cat([part.flatten().double() for part in torch.autograd.grad(value, list(parameters.values()))])
-
-
-g_w, g_l = flat_gradient(log_w), flat_gradient(log_l)
 gradient = -beta / 2 * (g_w - g_l)
 check("the gradient", gradient, flat_gradient(loss_sum), 1e-4)
 print(f"  length: chosen {g_w.norm():.2f}, rejected {g_l.norm():.2f}, of the loss {gradient.norm():.4f}")
