@@ -316,6 +316,8 @@ class TrainConfig:
     """Of the base's weights and arithmetic; auto is bfloat16 where the processor is fast at it."""
     device: str = "auto"
     """cpu, cuda, or auto."""
+    backend: Literal["auto", "reference", "triton"] = "auto"
+    """Triton kernels on a GPU (auto), nowhere (reference), or everywhere (triton), which needs a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     fused_backward: bool = False

@@ -33,6 +33,7 @@ from minitune.files import sole_writer
 from minitune.model.lora import adapter_disabled, add_lora, quantized_weights
 from minitune.model.trainable import train_all, train_last_layers, train_matching, trainable_parameters
 from minitune.model.transformer import Transformer, add_score_head
+from minitune.ops.backend import set_backend
 from minitune.reporting import watch
 from minitune.reporting.folder import check_folder, environment, write_run_files
 from minitune.reporting.journal import Journal, peak_memory_mb
@@ -80,6 +81,7 @@ def train(config: TrainConfig) -> TrainResult:
     check_folder(folder, resume=config.resume, overwrite=config.overwrite)
     if config.threads:
         torch.set_num_threads(config.threads)
+    set_backend(config.backend)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model)

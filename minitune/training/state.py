@@ -35,8 +35,8 @@ from minitune.training.optimizer import Optimizer
 FILES = ("weights", "optimizer", "window")
 # Options that may change when a run goes on: they do not touch the numbers.
 NEUTRAL = {"data", "validation", "model", "adapter", "output", "evaluation.samples", "evaluation.sample_tokens",
-           "checkpoint.every_steps", "checkpoint.keep", "preference.reference_cache", "device", "threads", "resume",
-           "overwrite"}  # fmt: skip
+           "checkpoint.every_steps", "checkpoint.keep", "preference.reference_cache", "device", "backend", "threads",
+           "resume", "overwrite"}  # fmt: skip
 
 
 @dataclass
