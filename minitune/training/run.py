@@ -79,11 +79,7 @@ def train(config: TrainConfig) -> TrainResult:
     config = config.resolved()
     folder = Path(config.output)
     check_folder(folder, resume=config.resume, overwrite=config.overwrite)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    set_backend(config.backend)
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
+    device, dtype = _set_up(config)
     tokenizer = load_tokenizer(config.model)
     stream = _load_data(config, tokenizer)
     corpus = stream.corpus
@@ -126,6 +122,16 @@ def train(config: TrainConfig) -> TrainResult:
             status = fit(job, stop)
         result = None if status == "stopped" else _export(job, tokenizer, folder)
         return _finish(job, status, folder, result, stop.number)
+
+
+def _set_up(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
+    """Set threads and backend; return where and in what the run computes."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.backend != "auto":
+        set_backend(config.backend)
+    device = choose_device(config.device)
+    return device, choose_dtype(config.dtype, device)
 
 
 def _load_data(config: TrainConfig, tokenizer: Any) -> Stream:
