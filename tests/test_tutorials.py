@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -35,7 +36,13 @@ PROMISED = {
     MATMUL: ("each number 21.6 times", "44 of 486 results are NaN", "4.5 bits a weight", "65 rows, its gradient"),
     MEMORY: ("agree: all that is saved", "agree: a QLoRA step on top", "QLoRA, ckpt", "94,440 bytes a token"),
     DPO: ("agree: the minimum is p*", "three pairs in a chain", "margin 0.0, loss 0.693147", "weight fell from 0.5 b"),
-    FRONTIER: ("KL to itself 0.0", "agree: first loss of dpo", "agree: first loss of ipo", "dpo above sft"),
+    FRONTIER: (
+        "KL to itself 0.0",
+        "agree: first loss of dpo",
+        "agree: first loss of ipo",
+        "dpo above sft",
+        "dpo 0.03 step 16: reward 0.62, KL 9.55",
+    ),
 }
 NEEDS = {  # Triton is made for Linux only, vaderSentiment is the tests' own
     MATMUL: "triton", "a kernel forgets the scaling": "triton",
@@ -206,6 +213,19 @@ def test_a_planted_bug_makes_the_tutorial_fail(outcomes, bug):
     assert outcome.code == 1
     assert "AssertionError" in outcome.output, outcome.output[-2000:]
     assert "== 1." in outcome.output and later not in outcome.output
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not runs_here(FRONTIER), reason="the scorer needs vaderSentiment")
+def test_the_whole_frontier_rewards_dpo(smollm2_path, tmp_path):
+    fetch("movie-reviews", progress=False)
+    outcome = run(tmp_path / "whole", FRONTIER, "import sys; sys.argv.append('--whole')")
+    assert outcome.code == 0, outcome.output[-2000:]
+    result = json.loads((tmp_path / "whole/runs/tutorials/preference_frontier.json").read_text(encoding="utf-8"))
+    best = max((point for point in result["points"] if point["objective"] == "dpo"), key=lambda point: point["reward"])
+    assert result["whole"] and len(result["points"]) == 2 * 3 * 2 + 3
+    assert best["reward"] > result["reference_reward"] + 2 * (best["reward_error"] + result["reference_reward_error"])
+    assert best["kl"] > 3 * best["kl_error"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="pictures need matplotlib")
