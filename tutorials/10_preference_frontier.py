@@ -512,10 +512,11 @@ Does DPO's frontier dominate, as in the paper?
   from the reference, most of the way in its second pass, but not to the reward: it learns all of a chosen completion,
   and nothing of the rejected ones.
 - IPO: no. The difference is 0.01, interval -0.05 to 0.06, up to KL 4.9: they can't be told apart. (The paper's figure
-  has no IPO.) Of the two, only DPO went further. IPO with tau 0.1 and 0.5 asks for margins of 5 nats and of 1, and hardly
-  moved; with 0.5 it even ended below the reference, by two standard errors.
-- The best of 4: at its KL, all are far below it. It has more reward at KL 0.64 than DPO at 5.3. So
-  much of what 16 steps on 256 pairs change has nothing to do with reward. The paper trains longer, on many more pairs; we have not tried.
+  has no IPO.) Of the two, only DPO went further. IPO with tau 0.1 and 0.5 asks for margins of 5 nats and of 1, and
+  hardly moved; with 0.5 it even ended below the reference, by two standard errors.
+- The best of 4: at its KL, all are far below it. It has more reward at KL 0.64 than DPO at 5.3. So much of what 16
+  steps on 256 pairs change has nothing to do with reward. The paper trains longer, on many more pairs; we have not
+  tried.
 
 After 6 steps no run is told from the reference by more than two standard errors. The intervals know nothing of the
 luck of a training seed. And VADER counts words: a model can learn the words without writing friendlier reviews.
