@@ -78,8 +78,8 @@ if WHOLE:
     preference = tuple((kind, strength, (6, 16)) for kind in ("dpo", "ipo") for strength in STRENGTHS)
     SIZES = Sizes(reviews=192, prefixes=96, held_out=128, batch=16, runs=(*preference, ("sft", None, (6, 16, 32))))
 else:
-    runs = (("dpo", 0.1, (2,)), ("ipo", 0.1, (2,)), ("sft", None, (1,)))
-    SIZES = Sizes(reviews=8, prefixes=6, held_out=4, batch=4, runs=runs)
+    runs = (("dpo", 0.1, (2,)), ("ipo", 0.1, (1,)), ("sft", None, (1,)))
+    SIZES = Sizes(reviews=3, prefixes=4, held_out=3, batch=3, runs=runs)
 
 began = time.monotonic()
 NAME = "smollm2-135m-instruct"
