@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from minitune.ops.backend import kernel
-from minitune.ops.precision import wide_dtype, widen
+from minitune.ops.precision import wide_dtype
 
 CHUNK = 128  # rows; 128 x 49,152 fp32 logits are 25 MB
 SPAN = 1 << 11  # bytes of a gradient's column that the head's gradient is summed over at once: 1,024 rows in 16 bits
@@ -30,8 +30,8 @@ def _fill(hidden, targets):
     return F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
 
 
-def _chunk_gradient(hidden, weight, targets, wide, narrow, softcap):
-    """Return the losses (n,) of one chunk and d(their sum)/d(logits) (n, V), the latter in `narrow`."""
+def _chunk(hidden, weight, targets, wide, narrow, softcap, *, gradient: bool):
+    """Return the losses (n,) of one chunk and, if wanted, d(their sum)/d(logits) (n, V), the latter in `narrow`."""
     torch.mm(hidden, weight.T, out=narrow)
     if narrow.dtype != wide.dtype:
         wide.copy_(narrow)
@@ -43,6 +43,8 @@ def _chunk_gradient(hidden, weight, targets, wide, narrow, softcap):
     picked, top = wide[row, targets], wide.amax(-1, keepdim=True)
     total = wide.sub_(top).exp_().sum(-1, keepdim=True)
     losses = ((total.log() + top).squeeze(1) - picked).masked_fill_(ignored, 0)
+    if not gradient:
+        return losses, None
     wide.div_(total)
     wide[row, targets] -= 1
     if softcap is not None:
@@ -82,7 +84,8 @@ def _spans(hidden, weight, targets, softcap, *, train_head: bool, losses=None, d
             part = slice(first, min(first + CHUNK, end))
             narrow = span[first - start : part.stop - start]
             place = narrow if wide is None else wide[: len(narrow)]
-            loss, gradient = _chunk_gradient(hidden[part], weight, targets[part], place, narrow, softcap)
+            wanted = train_head or dhidden is not None
+            loss, gradient = _chunk(hidden[part], weight, targets[part], place, narrow, softcap, gradient=wanted)
             if losses is not None:
                 losses[part] = loss
             if dhidden is not None:
@@ -134,10 +137,9 @@ def linear_cross_entropy(
         return fused(hidden, weight, targets, softcap=softcap)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, targets, softcap)
-    losses = torch.empty(len(targets), dtype=wide_dtype(hidden.dtype), device=hidden.device)
-    for start in range(0, len(targets), CHUNK):
-        part = slice(start, start + CHUNK)
-        logits = widen(hidden[part] @ weight.T)
-        logits = logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
-        losses[part] = F.cross_entropy(logits, targets[part], reduction="none", ignore_index=IGNORED)
-    return losses
+    # The same rows and arithmetic as with a gradient: equal inputs have losses equal to the bit, so that a model whose
+    # adapter does nothing is no nat away from its reference.
+    filled, padded = _fill(hidden, targets)
+    losses = torch.empty(len(padded), dtype=wide_dtype(hidden.dtype), device=hidden.device)
+    _spans(filled, weight, padded, softcap, train_head=False, losses=losses)
+    return losses[: len(targets)]

@@ -237,3 +237,15 @@ def test_bf16_attention_gradient_is_as_exact_as_the_fused_one():
     ours = errors(lambda: _BlockedAttention.apply(*narrow, seen))
     theirs = errors(lambda: _fused(*narrow, seen))
     assert all(a <= 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 33, 200])
+def test_losses_are_the_same_bits_with_and_without_gradient(rows, dtype, softcap):
+    draw = torch.Generator().manual_seed(rows)
+    hidden, head = (torch.randn(n, 48, generator=draw).to(dtype) for n in (rows, 501))
+    targets = torch.randint(0, 501, (rows,), generator=draw)
+    without = linear_cross_entropy(hidden, head, targets, softcap=softcap)
+    with_gradient = linear_cross_entropy(hidden.clone().requires_grad_(), head, targets, softcap=softcap)
+    assert torch.equal(without, with_gradient)
