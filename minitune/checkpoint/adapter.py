@@ -36,7 +36,7 @@ _USED = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
 _ALLOWED = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", "SEQ_CLS", None),
-    "modules_to_save": (["score"], [], None),
+    "modules_to_save": (["score"], ["classifier", "score"], [], None),  # PEFT names both for every family's classifier
     # Those that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them.
     "init_lora_weights": ("gaussian", "eva", "orthogonal", True, False, None),
 }
@@ -64,6 +64,8 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
         instead = f"; give {inner}" if (inner / CONFIG).is_file() else "; give an adapter's folder, as training writes"
         raise CheckpointError(f"{folder} holds no {CONFIG}{instead}")
     fields = read_json(folder / CONFIG)
+    if isinstance(fields.get("modules_to_save"), list):  # PEFT adds both of its names again at each loading
+        fields["modules_to_save"] = sorted(set(map(str, fields["modules_to_save"])))
     _check_fields(fields, folder / CONFIG)
     try:
         config = LoRAConfig(
@@ -78,7 +80,8 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
         for file in sorted(folder.iterdir()):
             refuse_pickle(file)
     tensors = read_header(folder / WEIGHTS)
-    scores = {_SCORE in tensors, fields.get("modules_to_save") == ["score"], fields.get("task_type") == "SEQ_CLS"}
+    saved = "score" in (fields.get("modules_to_save") or ())
+    scores = {_SCORE in tensors, saved, fields.get("task_type") == "SEQ_CLS"}
     if len(scores) > 1 or model.config.reward and scores == {False}:
         raise CheckpointError(
             f"{folder} has no reward head (score), or its config says otherwise; give another adapter"

@@ -46,10 +46,14 @@ def preference_objective(kind: str, options: PreferenceOptions) -> Objective:
 
 
 def undecided_loss(kind: str, options: PreferenceOptions, vocab_size: int) -> float:
-    """Return the loss of a model that prefers no answer and, where answers are learned too, knows no token."""
+    """Return the loss of a model that prefers no answer and, where answers are learned too, knows no token.
+
+    Infinity for ipo, whose square grows with the spread of sound margins, and for cpo, whose margins are of whole sums.
+    """
+    if kind in ("ipo", "cpo"):
+        return math.inf
     zero, beta = torch.zeros(1), options.beta
     by_kind = {
-        "ipo": lambda: losses.ipo_loss(zero, beta),
         "hinge": lambda: losses.hinge_loss(zero, beta),
         "kto": lambda: 0.5 * max(options.desirable_weight, options.undesirable_weight) * torch.ones(1),
         "simpo": lambda: losses.simpo_loss(zero, zero, beta, options.gamma),

@@ -127,9 +127,26 @@ def test_an_adapter_goes_to_peft_and_comes_back(tiny_model, tmp_path):
     ours = our_rewards(model, items)
     with torch.no_grad():
         torch.testing.assert_close(ours, their_rewards(theirs, items), atol=1e-5, rtol=0)
-    again = load_model(tiny_model, dtype=torch.float32)
-    load_adapter(again, tmp_path / "ours")
-    assert torch.equal(our_rewards(again, items), ours)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again = load_model(tiny_model, dtype=torch.float32)
+        load_adapter(again, tmp_path / folder)
+        assert torch.equal(our_rewards(again, items), ours)
+
+
+def test_an_adapter_that_peft_made_gives_the_same_rewards(tiny_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(2)
+    base, items = classifier(tiny_model), pairs()
+    config = peft.LoraConfig(
+        r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="SEQ_CLS"
+    )
+    theirs = peft.get_peft_model(base, config)  # adds the head to modules_to_save on its own
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_model(tiny_model, dtype=torch.float32)
+    load_adapter(model, tmp_path / "theirs")
+    with torch.no_grad():
+        torch.testing.assert_close(our_rewards(model, items), their_rewards(theirs.eval(), items), atol=1e-5, rtol=0)
 
 
 def test_the_head_stays_in_fp32_where_the_model_is_cast(tiny_model):
