@@ -77,7 +77,9 @@ class _Worker:
                 return json.loads(answer)
             if process.wait() == 1:  # the watchdog's exit code
                 raise CheckpointError(f"{name} ran for more than {SECONDS:g} s and was stopped")
-            raise CheckpointError(f"the process that renders {name} ended with code {process.returncode}")
+            # Out of its memory, Python ends in an error it can tell or, where C code asked, by a signal.
+            how = f"stopped by signal {-process.returncode}" if process.returncode < 0 else f"code {process.returncode}"
+            raise CheckpointError(f"the process that renders {name} ended: {how}")
 
     def _started(self) -> subprocess.Popen:
         if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
