@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from minitune.model.config import LoRAConfig
+from minitune.model.lora_config import LoRAConfig
 from minitune.ops.linear import Adapter, Remade, projections
 from minitune.ops.nf4 import QuantizedTensor
 from minitune.ops.precision import widen
