@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from minitune.errors import ConfigError, nearest
-from minitune.model.lora_config import LoRAConfig
 from minitune.model.linear import Linear, LoRA
+from minitune.model.lora_config import LoRAConfig
 from minitune.ops.nf4 import QuantizedTensor
 
 
