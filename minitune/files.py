@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minitune.errors import CheckpointError, type_name
+from minitune.strict_json import loads
 
 _live: set[Path] = set()  # temporaries of this process; its pid may be that of an earlier, dead one
 
@@ -109,12 +110,12 @@ def file_sha256(path: str | Path) -> str:
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     """Return the object in a JSON file, {} where an optional one is not there.
 
-    Raises CheckpointError where it is missing, broken or not an object.
+    Raises CheckpointError where it is missing, broken, has a key twice, or is not an object.
     """
     if optional and not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except ValueError as error:

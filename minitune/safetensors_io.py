@@ -1,13 +1,14 @@
 """safetensors files, read tensor by tensor straight into the memory where each is to live.
 
-The safetensors library checks the header (size, order, no gaps, nothing after the last tensor); the
-bytes are then read, not mapped: pages of a mapped file count as resident until the file is closed, which
-would double the peak while loading. A conversion of dtype or a move to another device goes through a
-buffer of `CHUNK` elements.
+The safetensors library checks the header (size, order, no gaps, nothing after the last tensor). Of two entries of one
+name it keeps the last, so the header is read again, strictly. The bytes are then read, not mapped: pages of a mapped
+file count as resident until the file is closed, which would double the peak while loading. A conversion of dtype or a
+move to another device goes through a buffer of `CHUNK` elements.
 """
 
 import errno
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minitune.errors import CheckpointError
+from minitune.strict_json import loads
 
 CHUNK = 1 << 15  # elements: stays in a core's cache, and torch converts it on one thread
 DTYPES = {
@@ -74,16 +76,20 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(path, framework="pt"), open(path, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            header = loads(stream.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}): truncated, padded or of another kind; fetch it again"
         ) from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, info in header.items():
+        if not isinstance(info, dict):  # the library takes a list of the values too
+            raise CheckpointError(f"{path}: {name} is described by {info!r}; it must be an object; fetch it again")
+        if math.prod(max(1, extent) for extent in info["shape"]) >= 1 << 63:  # the library allows it with another 0
+            raise CheckpointError(f"{path}: {name} has the impossible shape {info['shape']}; fetch it again")
         if info["dtype"] not in DTYPES:
             raise CheckpointError(f"{path}: {name} is stored as {info['dtype']}; known are {', '.join(DTYPES)}")
         start, end = info["data_offsets"]

@@ -11,7 +11,7 @@ import pytest
 from tests.sizes import ROOT, sources
 
 FLOORS = [
-    {"codebooks", "errors"},
+    {"codebooks", "errors", "strict_json"},
     {"files", "gguf_io", "kernels", "safetensors_io"},
     {"cli", "device", "sampling", "sources", "ops", "text"},
     {"model", "data", "losses"},

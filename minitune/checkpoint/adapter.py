@@ -165,6 +165,11 @@ def save_adapter(model: Transformer, folder: str | Path, base_name: str | None =
 
 def check_fit(what: str, expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Any]) -> None:
     """Raise CheckpointError listing every tensor that is missing, left over, of another shape or no float."""
+    fail_listing(what, misfits(expected, tensors))
+
+
+def misfits(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Any]) -> list[str]:
+    """Return a line for every tensor that is missing, left over, of another shape or no float."""
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name not in expected:
@@ -173,7 +178,7 @@ def check_fit(what: str, expected: Mapping[str, Sequence[int]], tensors: Mapping
             problems.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name])}")
         elif not tensor.dtype.is_floating_point:
             problems.append(f"{name} is stored as {tensor.dtype}, which weights cannot be")
-    fail_listing(what, problems)
+    return problems
 
 
 def fail_listing(what: str, problems: list[str]) -> None:

@@ -35,7 +35,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     generation = folder / "generation_config.json"
     if generation.is_file():
         stops = [*_as_list(fields.get("eos_token_id")), *_as_list(read_json(generation).get("eos_token_id"))]
-        fields["eos_token_id"] = list(dict.fromkeys(stops))
+        fields["eos_token_id"] = [stop for number, stop in enumerate(stops) if stop not in stops[:number]]
     if (folder / INDEX).is_file():
         return fields, _sharded(folder)
     if (folder / SINGLE).is_file():
@@ -81,7 +81,10 @@ def _inside(folder: Path, name: str) -> Path:
     The hub's own cache is the exception: there `snapshots/REVISION/FILE` links to `blobs/` of the same repository.
     """
     path, home = folder / name, folder.resolve()
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except ValueError as error:  # a zero byte
+        raise CheckpointError(f"{folder}: {name!r} cannot be a file's name ({error})") from None
     in_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
     if ".." in Path(name).parts or not (real.is_relative_to(home) or in_cache):
         raise CheckpointError(f"{folder}: the file {name!r} leads outside the folder; it is refused")

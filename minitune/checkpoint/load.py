@@ -79,7 +79,7 @@ def load_model(
         quantize = None if adapter is None else adapter_quantization(resolve(adapter))
     elif isinstance(quantize, str):
         quantize = None if quantize == "none" else QuantizationConfig(quantize)
-    fields, tensors = _open(path)
+    fields, tensors = open_model(path)
     dtype, device = as_dtype(dtype) or _stored_dtype(tensors), device or "cpu"
     kept = None
     if keep_quantized and quantize and quantize.kind != "int8" and not fields.get("quantization_config"):
@@ -97,7 +97,7 @@ def load_model(
 def _load_kept(kept: Path, dtype: torch.dtype, device, quantize: QuantizationConfig) -> Transformer | None:
     """Return the model that an earlier load kept; None where there is none, or, saying so, where it is damaged."""
     try:
-        return _build(kept, *_open(kept), dtype, device, quantize) if kept.is_dir() else None
+        return _build(kept, *open_model(kept), dtype, device, quantize) if kept.is_dir() else None
     except (CheckpointError, ConfigError) as error:
         print(f"{error}; it was kept from an earlier load and is made anew", file=sys.stderr)
         return None
@@ -116,7 +116,7 @@ def _build(path, fields, tensors, dtype, device, quantize: QuantizationConfig | 
     in_four_bits = fields.pop("quantization_config", None)
     config = ModelConfig.from_hf(fields, where=str(path))
     head = tensors.pop("lm_head.weight", None) if config.tie_embeddings else None
-    _check_fit(config, tensors, path)
+    check_fit(f"{path} does not fit its own config", expected_shapes(config, tensors, path), needed(tensors))
     sparse = bool(quantize or in_four_bits)  # then each weight gets its memory when it is read
     model = Transformer(config, dtype=dtype, device="meta" if sparse else device, init=False)
     places = model.state_dict()
@@ -178,12 +178,15 @@ def stored_positions(path: Path) -> int | None:
     path = _gguf_file(path)
     if path.is_dir() and not (path / "config.json").is_file():
         return None
-    fields = read_json(path / "config.json") if path.is_dir() else _open(path)[0]
+    fields = read_json(path / "config.json") if path.is_dir() else open_model(path)[0]
     return fields.get("max_position_embeddings", ModelConfig.max_positions)
 
 
-def _open(path: Path) -> tuple[dict[str, Any], Mapping[str, Stored]]:
-    """Return the content of `config.json`, or what amounts to it, and the stored tensors by name."""
+def open_model(path: Path) -> tuple[dict[str, Any], Mapping[str, Stored]]:
+    """Return the content of `config.json`, or what amounts to it, and the stored tensors by name; reads no weights.
+
+    Raises CheckpointError or ConfigError where there is nothing that can be read.
+    """
     path = _gguf_file(path)
     if path.suffix == ".gguf":
         from minitune.checkpoint.gguf import open_gguf  # the gguf package takes 0.2 s to import
@@ -215,19 +218,20 @@ def _stored_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
     return as_dtype(counts.most_common(1)[0][0])
 
 
-def _check_fit(config: ModelConfig, tensors: Mapping[str, Stored], path: Path) -> None:
-    """Raise CheckpointError listing every tensor that is missing, left over or of another shape."""
+def expected_shapes(config: ModelConfig, tensors: Mapping[str, Stored], path: Path) -> dict[str, torch.Size]:
+    """Return the shapes of a model's tensors by name; CheckpointError for sizes that cannot be those of `tensors`."""
     if config.num_layers > len(tensors):  # before a model of that many layers is built
         raise CheckpointError(f"{path}: {config.num_layers:,} layers are claimed, but there are {len(tensors)} tensors")
     try:
-        expected = Transformer(config, device="meta", init=False).state_dict()
-    except (RuntimeError, TypeError) as error:  # torch's, for sizes that overflow
+        model = Transformer(config, device="meta", init=False)
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch's, for sizes that overflow
         raise CheckpointError(f"{path}: the config's sizes are impossible ({str(error).splitlines()[0]})") from None
-    check_fit(
-        f"{path} does not fit its own config",
-        {name: parameter.shape for name, parameter in expected.items()},
-        {name: tensor for name, tensor in tensors.items() if not name.endswith(_IGNORED)},
-    )
+    return {name: parameter.shape for name, parameter in model.state_dict().items()}
+
+
+def needed(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Return the tensors without those that follow from the config."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(_IGNORED)}
 
 
 def _fill(stored: Stored, place: torch.Tensor, where: str) -> None:
