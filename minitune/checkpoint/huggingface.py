@@ -4,6 +4,7 @@ Every path in an index stays inside its folder, links included; pickle files are
 one runs whatever code it holds.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,27 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     Raises:
         CheckpointError: a file is missing, damaged, a pickle, or outside the folder.
     """
+    return read_config(folder), read_weights(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's `config.json`, with every stop id; CheckpointError where it cannot be read."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is an adapter, not a model; give its base as the model, this as the adapter")
     fields = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     if generation.is_file():
         stops = [*_as_list(fields.get("eos_token_id")), *_as_list(read_json(generation).get("eos_token_id"))]
-        fields["eos_token_id"] = [stop for number, stop in enumerate(stops) if stop not in stops[:number]]
+        fields["eos_token_id"] = list({json.dumps(stop): stop for stop in stops}.values())
+    return fields
+
+
+def read_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Return a folder's tensors by name, none of them read yet; CheckpointError as in `open_folder`."""
     if (folder / INDEX).is_file():
-        return fields, _sharded(folder)
+        return _sharded(folder)
     if (folder / SINGLE).is_file():
-        return fields, read_header(_inside(folder, SINGLE))
+        return read_header(_inside(folder, SINGLE))
     for file in sorted(folder.iterdir()):
         refuse_pickle(file)
     raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}")
@@ -62,7 +73,11 @@ def _sharded(folder: Path) -> dict[str, StoredTensor]:
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
         raise CheckpointError(f"{folder / INDEX}: weight_map must be an object of tensor name -> file name")
-    shards = {shard: read_header(_inside(folder, shard)) for shard in sorted(set(names.values()))}
+    files = {shard: _inside(folder, shard) for shard in sorted(set(names.values()))}
+    absent = [shard for shard, file in files.items() if not file.is_file()]
+    if absent:
+        raise CheckpointError(f"{folder} lacks shards that {INDEX} names: {', '.join(absent)}; fetch them again")
+    shards = {shard: read_header(file) for shard, file in files.items()}
     absent = [name for name, shard in names.items() if name not in shards[shard]]
     if absent:
         raise CheckpointError(f"{folder / names[absent[0]]} lacks {absent[0]}, which {INDEX} says is there")
