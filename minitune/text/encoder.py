@@ -30,6 +30,7 @@ class Encoder:
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         self._tokenizer, self.origin = tokenizer, origin
+        self.kind = type(tokenizer.model).__name__
         self.save, self.find = tokenizer.save, tokenizer.token_to_id
         decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {"type": "none"}
         kinds = {step["type"] for step in decoder.get("decoders", [decoder])}

@@ -50,10 +50,10 @@ def _extra_special(settings: dict) -> list[str]:
 class Tokenizer:
     """Text to ids and back, for one model; made by `load_tokenizer`.
 
-    Public values: `vocab_size` (highest id + 1), `bos_id` or None, `eos_id`, `pad_id` (may equal `eos_id`; padding
-    is masked by position), `end_ids` (every id that ends a turn), `add_bos`, `chat_template` or None, `control_ids`
-    (literal -> id of every control token), `special` (transformers' names -> literals), `settings` (the content of
-    tokenizer_config.json), `origin` (the folder or file it was read from).
+    Public values: `kind` ("BPE", ...), `vocab_size` (highest id + 1), `bos_id` or None, `eos_id`, `pad_id` (may equal
+    `eos_id`; padding is masked by position), `end_ids` (every id that ends a turn), `add_bos`, `chat_template` or None,
+    `control_ids` (literal -> id of every control token), `special` (transformers' names -> literals), `settings` (the
+    content of tokenizer_config.json), `origin` (the folder or file it was read from).
     """
 
     def __init__(self, encoder: Encoder, settings: dict, end_ids: Iterable[int] = ()):
@@ -64,7 +64,7 @@ class Tokenizer:
         self._encoder = encoder
         self.origin = encoder.origin
         self.settings = settings
-        self.vocab_size = encoder.vocab_size
+        self.kind, self.vocab_size = encoder.kind, encoder.vocab_size
         self.special = {name: _content(settings[name]) for name in NAMED if settings.get(name)}
         ids = {name: encoder.find(token) for name, token in self.special.items()}
         self._named_ends = [id for id in (ids.get("eos_token"), *end_ids) if id is not None]
