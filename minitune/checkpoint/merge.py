@@ -1,10 +1,10 @@
-"""Folding an adapter into the weights: W' = round(W + scaling B A), computed in fp32.
+"""Folding an adapter into the weights: W' = round(W + scaling B A), its rows scaled in DoRA, computed in fp32.
 
 W is decoded to fp32 where it is quantised, and W' is written in 16 or 32 bits. Merging into 4 bits is refused: a code's
 neighbours are about a tenth of the largest weight away, so at an update of 1% of the weights 1.5% of it survives.
 
 Rounding to 16 bits can swallow a small update: bf16 keeps 8 significant bits, so a change below 1/512 of a
-weight vanishes. The report says what arrived: with the update U = scaling B A and the change that really
+weight vanishes. The report says what arrived: with the update U (scaling B A in LoRA) and the change that really
 happened C = W' - W, the relative error is ||C - U|| / ||U|| and the share that survived <C, U> / ||U||^2
 (the part of C along U; ||C|| alone would count rounding noise as success). Both are exact sums over all
 merged weights, in fp64.
@@ -54,7 +54,7 @@ def merge(model: Transformer, dtype: torch.dtype | None = None) -> MergeReport:
         CheckpointError: there is no adapter, or a weight or adapter is not finite; weights of layers before
             that one are merged already then.
     """
-    adapted = {path: layer for path, layer in linear_modules(model).items() if layer.lora is not None}
+    adapted = {path: layer for path, layer in linear_modules(model).items() if layer.chosen is not None}
     if not adapted:
         raise CheckpointError("there is no adapter to merge; load one with adapter=...")
     dtype = dtype or model.dtype
@@ -79,11 +79,13 @@ def merge(model: Transformer, dtype: torch.dtype | None = None) -> MergeReport:
 
 def _merge_layer(path: str, layer: Linear, dtype: torch.dtype) -> tuple[float, float, float]:
     """Merge one layer into `dtype`; return ||C - U||^2, <C, U> and ||U||^2."""
-    lora, weight = layer.lora, layer.stored_weight
+    lora, weight = layer.chosen, layer.stored_weight
     quantized = isinstance(weight, QuantizedTensor)
     before = weight.dequantize(torch.float32) if quantized else weight.float()  # (out, in)
-    update = lora.scaling * (lora.B.float() @ lora.A.float())
-    after = (before + update).to(dtype)
+    exact = lora.merged(weight)
+    a, b = lora.factors()
+    update = lora.scaling * (b.float() @ a.float()) if lora.magnitude is None else exact - before
+    after = exact.to(dtype)
     if not torch.isfinite(after).all():
         raise CheckpointError(f"{path}: the merged weight is not finite in {dtype}; the adapter diverged")
     change = after.double() - before.double()

@@ -1,49 +1,13 @@
-"""The linear layer with a slot for an adapter, and its application in groups that share an input."""
-
-import math
+"""The linear layer with a slot for adapters, and its application in groups that share an input."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from minitune.model.lora_config import LoRAConfig
+from minitune.model.adapters import LoRA, Several, Wide
 from minitune.ops.linear import Adapter, Remade, projections
 from minitune.ops.nf4 import QuantizedTensor
 from minitune.ops.precision import widen
-
-
-class Wide(nn.Module):
-    """A module that stays in fp32 when the model it is part of is cast to fewer bits; it moves with it."""
-
-    def _apply(self, fn, recurse=True):
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            return tensor.to(result.device) if result.dtype.itemsize < tensor.dtype.itemsize else result
-
-        return super()._apply(moved, recurse)
-
-
-class LoRA(Wide):
-    """A low-rank update: A (R, in) drawn as PEFT draws it, B (out, R) zero, so that it starts as nothing.
-
-    Both are fp32 whatever the base's dtype is; they are cast for the matmul. `enabled = False` switches the
-    update off without removing it.
-    """
-
-    def __init__(self, config: LoRAConfig, in_features: int, out_features: int, device: torch.device):
-        """Allocate; `reset` draws A."""
-        super().__init__()
-        self.A = nn.Parameter(torch.zeros(config.rank, in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(out_features, config.rank, device=device))
-        self.scaling = config.scaling
-        self.dropout = config.dropout
-        self.enabled = True
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Draw A uniformly in +-1/sqrt(in) (Kaiming with a = sqrt(5)) and set B to zero."""
-        bound = 1 / math.sqrt(self.A.shape[1])
-        with torch.no_grad():
-            self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
-            self.B.zero_()
 
 
 class ScoreHead(Wide):
@@ -88,7 +52,7 @@ class QuantizedWeight(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, W (out, in), plus the update in slot `lora` where there is one.
+    """y = x W^T + b, W (out, in), plus the update in slot `lora` where there is one (`model/adapters.py`).
 
     `weight` is a parameter, or a `QuantizedWeight` without gradient.
     """
@@ -98,7 +62,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
-        self.lora: LoRA | None = None
+        self.lora: LoRA | Several | None = None
 
     def replace_weight(self, weight: torch.Tensor | QuantizedTensor) -> None:
         """Put another weight (out, in) in W's place: quantised, or as a parameter."""
@@ -109,6 +73,11 @@ class Linear(nn.Module):
     def stored_weight(self) -> torch.Tensor | QuantizedTensor:
         """W as it is kept."""
         return self.weight.tensor if isinstance(self.weight, QuantizedWeight) else self.weight
+
+    @property
+    def chosen(self) -> LoRA | None:
+        """The adapter of the slot, or of several the one that is chosen."""
+        return self.lora.get(self.lora.choice.name) if isinstance(self.lora, Several) else self.lora
 
     def forward(self, x: torch.Tensor | Remade) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
@@ -126,11 +95,69 @@ def project(x: torch.Tensor | Remade, layers: tuple[Linear, ...]) -> tuple[torch
     """Apply several layers to one input x (..., in) in one matmul; returns one (..., out_i) for each."""
     adapters, dropout = [], 0.0
     for layer in layers:
-        lora = layer.lora
-        active = lora is not None and lora.enabled
-        adapters.append(Adapter(lora.A, lora.B, lora.scaling) if active else None)
-        if active and lora.training:
+        if isinstance(layer.lora, Several) and layer.lora.choice.groups is not None:
+            return _project_rows(x, layers, layer.lora.choice.groups)
+        lora = layer.chosen
+        if lora is None or not lora.enabled:
+            adapters.append(None)
+            continue
+        if lora.magnitude is not None or lora.A0 is not None and lora.training and lora.dropout:
+            return tuple(_project_alone(x, each) for each in layers)
+        adapters.append(Adapter(*lora.factors(), lora.scaling))
+        if lora.training:
             dropout = lora.dropout
     return projections(
         x, [layer.stored_weight for layer in layers], [layer.bias for layer in layers], adapters, dropout
     )
+
+
+def _project_rows(x, layers: tuple[Linear, ...], groups: list[tuple[str, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    """Apply the layers to a batch whose rows have different adapters: W once for all, then each group's update."""
+    x = x.value if isinstance(x, Remade) else x
+    weights, biases = [layer.stored_weight for layer in layers], [layer.bias for layer in layers]
+    parts = projections(x, weights, biases, [None] * len(layers))
+    for name, rows in groups:
+        for part, layer in zip(parts, layers, strict=True):
+            lora = layer.lora.get(name) if isinstance(layer.lora, Several) else None
+            if lora is not None and lora.enabled:
+                part[rows] = _updated(part[rows], x[rows], layer, lora)
+    return parts
+
+
+def _project_alone(x: torch.Tensor | Remade, layer: Linear) -> torch.Tensor:
+    """Apply one layer whose update is not the plain one of `projections`."""
+    x, lora = x.value if isinstance(x, Remade) else x, layer.chosen
+    (y,) = projections(x, [layer.stored_weight], [layer.bias], [None])
+    return y if lora is None or not lora.enabled else _updated(y, x, layer, lora)
+
+
+def _updated(y: torch.Tensor, x: torch.Tensor, layer: Linear, lora: LoRA) -> torch.Tensor:
+    """Return y = W x + b (..., out) with the adapter's update for x (..., in).
+
+    Dropout acts on what passes A, and in DoRA on what m scales, but not on W x itself nor on what PiSSA takes off W:
+
+        DoRA's y = W x + b + (m / ||.|| - 1) W drop(x) + m / ||.|| s B A drop(x)
+
+    which is equation 5 where nothing drops.
+    """
+    if lora.A0 is not None:
+        y = y - _low_rank(x, lora.A0, lora.B0, lora.scaling)
+    dropped = x
+    if lora.training and lora.dropout:
+        dropped = F.dropout(x, lora.dropout)
+    update = _low_rank(dropped, lora.A, lora.B, lora.scaling)
+    if lora.magnitude is None:
+        return y + update
+    if dropped is x:
+        inner = y if layer.bias is None else y - layer.bias
+    else:
+        (inner,) = projections(dropped, [layer.stored_weight], [None], [None])
+        if lora.A0 is not None:
+            inner = inner - _low_rank(dropped, lora.A0, lora.B0, lora.scaling)
+    scales = lora.row_scales(layer.stored_weight)
+    return y + (scales - 1).to(y.dtype) * inner + scales.to(y.dtype) * update
+
+
+def _low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return s B A x, (..., out)."""
+    return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scaling

@@ -1,4 +1,4 @@
-"""Model surgery for LoRA: visible, recursive, reversible.
+"""Model surgery for adapters: visible, recursive, reversible.
 
 `add_lora` walks the module tree, fills the adapter slot of each linear layer that is named, freezes
 everything else, and returns what it added. Wrapping layers in a second class was rejected: the base's
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from minitune.errors import ConfigError, nearest
-from minitune.model.linear import Linear, LoRA
+from minitune.model.adapters import LoRA
+from minitune.model.linear import Linear
 from minitune.model.lora_config import LoRAConfig
 from minitune.ops.nf4 import QuantizedTensor
 
@@ -67,30 +68,40 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> dict[str
     Raises:
         ConfigError: an unknown target, or a layer that has an adapter already.
     """
-    targets = _targets(model, config.target_modules)
-    taken = [path for path, layer in targets.items() if layer.lora is not None]
+    return install(model, dict.fromkeys(_targets(model, config.target_modules), config), seed=seed)
+
+
+def install(model: nn.Module, configs: dict[str, LoRAConfig], *, seed: int = 0) -> dict[str, LoRA]:
+    """Give each layer, by its path, the adapter of its own settings, and freeze all other parameters.
+
+    Args, result and errors as for `add_lora`; the model is unchanged where one of them cannot be made.
+    """
+    layers = linear_modules(model)
+    taken = [path for path in configs if layers[path].lora is not None]
     if taken:
         raise ConfigError(f"{taken[0]} has an adapter already; merge it or load the base without it")
-    model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     added = {}
-    for path, layer in targets.items():
+    for path, config in configs.items():
+        layer = layers[path]
         out_features, in_features = layer.weight.shape
-        layer.lora = LoRA(config, in_features, out_features, layer.weight.device).train(layer.training)
-        layer.lora.reset(generator)
-        added[path] = layer.lora
+        added[path] = LoRA(config, in_features, out_features, layer.weight.device).train(layer.training)
+        added[path].reset(generator, layer.stored_weight)
+    model.requires_grad_(False)
+    for path, lora in added.items():
+        layers[path].lora = lora
     return added
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoRA]:
-    """Return the adapters of a model by the path of their layer."""
-    return {path: layer.lora for path, layer in linear_modules(model).items() if layer.lora is not None}
+    """Return the adapters of a model by the path of their layer; of several those that are chosen."""
+    return {path: layer.chosen for path, layer in linear_modules(model).items() if layer.chosen is not None}
 
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """Run the base alone inside the block; what was off before stays off after."""
-    adapters = lora_modules(model).values()
+    adapters = [module for module in model.modules() if isinstance(module, LoRA)]
     before = [adapter.enabled for adapter in adapters]
     try:
         for adapter in adapters:
@@ -99,3 +110,17 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for adapter, state in zip(adapters, before, strict=True):
             adapter.enabled = state
+
+
+@contextmanager
+def hold_scales(model: nn.Module) -> Iterator[None]:
+    """Compute DoRA's row scales once for the block, in which no weight may change; else each pass computes them."""
+    slots = [(layer, layer.lora.modules()) for layer in linear_modules(model).values() if layer.lora is not None]
+    held = [(lora, layer) for layer, inner in slots for lora in inner if getattr(lora, "magnitude", None) is not None]
+    try:
+        for lora, layer in held:
+            lora.held_scales = lora.row_scales(layer.stored_weight).detach()
+        yield
+    finally:
+        for lora, _ in held:
+            lora.held_scales = None

@@ -1,5 +1,6 @@
 """What an adapter is: its rank, scaling and targets."""
 
+import re
 from dataclasses import dataclass
 
 from minitune.errors import ConfigError
@@ -19,6 +20,10 @@ class LoRAConfig:
     """Names of linear modules ("q_proj", or a longer tail of the path), or "all-linear"."""
     rslora: bool = False
     """Rank-stabilised scaling alpha / sqrt(rank) (Kalajdzievski 2023, theorem 3.2)."""
+    dora: bool = False
+    """Train each output's magnitude apart from its direction (Liu et al. 2024): slower, and better at low ranks."""
+    init: str = "kaiming"
+    """A drawn and B zero (kaiming), or the weight's principal components (pissa; pissa_niter_N faster, in N rounds)."""
 
     def __post_init__(self):
         """Refuse values without meaning."""
@@ -30,6 +35,11 @@ class LoRAConfig:
             raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
         if not self.target_modules:
             raise ConfigError('lora.target_modules is empty; name modules such as q_proj, or use "all-linear"')
+
+        if not re.fullmatch(r"kaiming|pissa|pissa_niter_[1-9]\d?", self.init):
+            raise ConfigError(
+                f"lora.init is {self.init!r}; it must be kaiming, pissa or pissa_niter_N, as pissa_niter_16"
+            )
 
     @property
     def scaling(self) -> float:
