@@ -1,24 +1,30 @@
 """safetensors files, read tensor by tensor straight into the memory where each is to live.
 
-The safetensors library checks the header (size, order, no gaps, nothing after the last tensor). Of two entries of one
-name it keeps the last, so the header is read again, strictly. The bytes are then read, not mapped: pages of a mapped
-file count as resident until the file is closed, which would double the peak while loading. A conversion of dtype or a
-move to another device goes through a buffer of `CHUNK` elements.
+    8 bytes: length n of the header;   n bytes: JSON, name -> {dtype, shape, data_offsets};   the tensors, without gaps
+
+The safetensors library writes them. It is not asked to read: it maps the whole file into memory, which a system may
+refuse for one larger than that, it keeps the last of two entries of one name, and pages of a mapped file count as
+resident until it is closed, which would double the peak while loading. A conversion of dtype or a move to another
+device goes through a buffer of `CHUNK` elements.
 """
 
 import errno
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from minitune.errors import CheckpointError
 from minitune.strict_json import loads
 
+_HEADER_LIMIT = 100_000_000  # bytes, the library's own
+_ENTRY = {"dtype", "shape", "data_offsets"}
 CHUNK = 1 << 15  # elements: stays in a core's cache, and torch converts it on one thread
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -73,36 +79,64 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the file is missing, truncated, padded or not safetensors, or has a dtype not known here.
     """
+    header, data, size = _header(path)
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
     try:
-        with safe_open(path, framework="pt"), open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = loads(stream.read(length))
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            tensors[name] = stored = _stored(path, name, info, data)
+            if stored.offset != data + end:
+                raise ValueError(f"{name} begins at byte {stored.offset - data:,}, where {end:,} is next")
+            end += stored.size
+        if data + end != size:
+            raise ValueError(f"the tensors end at byte {data + end:,}, the file at {size:,}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise _broken(path, error) from None
+    return tensors
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return a file's header, where its tensors begin, and the file's size in bytes."""
+    try:
+        with open(path, "rb") as stream:
+            size, length = os.fstat(stream.fileno()).st_size, int.from_bytes(stream.read(8), "little")
+            if length > min(size - 8, _HEADER_LIMIT):
+                raise ValueError(f"a header of {length:,} bytes is claimed in a file of {size:,}")
+            header = loads(stream.read(length).decode())
+        if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+            raise ValueError("its header is not an object")
+        if not all(isinstance(value, str) for value in header.get("__metadata__", {}).values()):
+            raise ValueError("its metadata is not text")
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}): truncated, padded or of another kind; fetch it again"
-        ) from None
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, info in header.items():
-        if not isinstance(info, dict):  # the library takes a list of the values too
-            raise CheckpointError(f"{path}: {name} is described by {info!r}; it must be an object; fetch it again")
-        if math.prod(max(1, extent) for extent in info["shape"]) >= 1 << 63:  # the library allows it with another 0
-            raise CheckpointError(f"{path}: {name} has the impossible shape {info['shape']}; fetch it again")
-        if info["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: {name} is stored as {info['dtype']}; known are {', '.join(DTYPES)}")
-        start, end = info["data_offsets"]
-        dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
-        tensors[name] = StoredTensor(path, dtype, shape, 8 + length + start, end - start)
-    return tensors
+    except ValueError as error:
+        raise _broken(path, error) from None
+    return header, 8 + length, size
+
+
+def _stored(path: Path, name: str, info: dict[str, Any], data: int) -> StoredTensor:
+    """Return the tensor that an entry of the header describes, `data` being where tensors begin; ValueError if none."""
+    shape, (start, end) = info["shape"], info["data_offsets"]
+    if info["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path}: {name} is stored as {info['dtype']!r}; known are {', '.join(DTYPES)}")
+    whole = isinstance(shape, list) and all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    if info.keys() != _ENTRY or not whole or math.prod(max(1, extent) for extent in shape) >= 1 << 63:
+        raise ValueError(f"{name} is described by {info}")
+    dtype = DTYPES[info["dtype"]]
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} of shape {shape} has {end - start:,} bytes")
+    return StoredTensor(path, dtype, tuple(shape), data + start, end - start)
+
+
+def _broken(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a whole safetensors file ({error}): truncated, padded or of another kind; fetch it again"
+    )
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Return what a safetensors file says of itself, beside its tensors; errors as in `read_header`."""
-    read_header(path)
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+    return _header(path)[0].get("__metadata__", {})
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
