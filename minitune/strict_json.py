@@ -8,12 +8,15 @@ import json
 from typing import Any
 
 
-def loads(text: str | bytes) -> Any:
+def loads(text: str) -> Any:
     """Return what `text` holds; ValueError where it is not JSON, or a key of an object is given twice."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        found = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        if "\\u" in text:  # half a pair is no character, and cannot be written again
+            json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
