@@ -6,16 +6,32 @@ library knows only whole texts, so a run elsewhere is encoded by a copy whose se
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Literal
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer, models
 
 from minitune.errors import CheckpointError
 from minitune.text.stream import byte_level_alphabet
 
 Place = Literal["start", "control", "inside"]
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+
+
+@contextmanager
+def library_errors(where: object) -> Iterator[None]:
+    """Raise CheckpointError, beginning with `where`, for whatever `tokenizers` raises.
+
+    It raises plain Exception for anything wrong with a file, and a panic of its Rust code is not even that.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{where} is damaged ({' '.join(str(error).split())}); fetch it again") from error
 
 
 class Encoder:
@@ -61,7 +77,10 @@ class Encoder:
     @cached_property
     def unknown_id(self) -> int | None:
         """The id of text that the vocabulary cannot write, if there is one."""
-        name = getattr(self._tokenizer.model, "unk_token", None)
+        model = self._tokenizer.model
+        if isinstance(model, models.Unigram):  # it has no accessor
+            return json.loads(model.__getstate__())["unk_id"]
+        name = getattr(model, "unk_token", None)
         return None if name is None else self.find(name)
 
     @cached_property
@@ -87,11 +106,15 @@ class Encoder:
 
     def encode(self, text: str, place: Place) -> list[int]:
         """Return the ids of a run of text."""
-        return self._at[place].encode(text, add_special_tokens=False).ids
+        return self._run(text, place).ids
 
     def offsets(self, text: str, place: Place) -> list[tuple[int, int]]:
         """Return (start, end) in `text` of each id of `encode`."""
-        return self._at[place].encode(text, add_special_tokens=False).offsets
+        return self._run(text, place).offsets
+
+    def _run(self, text: str, place: Place) -> Encoding:
+        with library_errors(self.origin):  # a vocabulary without the unknown token that it names, and the like
+            return self._at[place].encode(text, add_special_tokens=False)
 
     def piece(self, id: int) -> bytes:
         """Return the bytes that an id writes; b"" for an id outside the vocabulary (padded embeddings have them)."""

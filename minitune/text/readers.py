@@ -1,29 +1,24 @@
 """Where tokenizers come from: tokenizer.json, tokenizer.model, or the metadata of a GGUF file.
 
-Each becomes a `tokenizers.Tokenizer` and the content of its tokenizer_config.json. SentencePiece models, and GGUF
-files that hold one, are BPE over pieces and scores: two neighbours merge when their joined piece is in the
-vocabulary, best score first. `sentencepiece` reads its file and then judges the rebuilt tokenizer on a sample text:
-where the ids differ (a model that normalises Unicode) the file is refused. Running both libraries side by side was
-rejected: it doubles every rule about control tokens, prefix spaces and streaming.
-
-GGUF stores only the name of the split into words. The splits below are those that llama.cpp and the models' own
-tokenizer.json give to these names; an unknown name is refused, since a guess would tokenise almost right, silently.
+Each becomes a `tokenizers.Tokenizer` and the content of its tokenizer_config.json. Every value that the building
+uses is checked before: the library's answer to a wrong one is at best an error without a place.
 """
 
-from math import copysign
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers
 
-from minitune.errors import CheckpointError, nearest
+from minitune.errors import CheckpointError
 from minitune.files import read_json
+from minitune.text.encoder import library_errors
+from minitune.text.pieces import add_declared, from_pieces, from_sentencepiece, put_before
+from minitune.text.splits import split_named
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
-SAMPLE = "The ①②, ﬁne  Ａ\u3000ｶﾞ caf\u00e9 cafe\u0301\t\n\nx=1;  don't 世界 🎉 "
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
+PHI3_KEEPING = ("<unk>", "<s>", "<|endoftext|>")  # the tokens of Phi-3 that swallow no space
+SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
 def read_folder(folder: Path) -> tuple[Tokenizer, dict, list[int]]:
@@ -36,13 +31,10 @@ def read_folder(folder: Path) -> tuple[Tokenizer, dict, list[int]]:
         found = read_json(folder / name, optional=True).get("eos_token_id")
         ends += found if isinstance(found, list) else [] if found is None else [found]
     if (folder / "tokenizer.json").is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
-            raise CheckpointError(f"{folder}/tokenizer.json: damaged ({error}); fetch it again") from error
-        return tokenizer, settings, ends
+        with library_errors(f"{folder}/tokenizer.json"):
+            return Tokenizer.from_file(str(folder / "tokenizer.json")), settings, ends
     if (folder / "tokenizer.model").is_file():
-        return _from_sentencepiece(folder / "tokenizer.model", settings), settings, ends
+        return from_sentencepiece(folder / "tokenizer.model", settings), settings, ends
     raise CheckpointError(f"{folder}: {_instead(folder)}")
 
 
@@ -72,77 +64,6 @@ def _settings(folder: Path) -> dict:
     return settings | {"chat_template": template}
 
 
-def _from_sentencepiece(file: Path, settings: dict) -> Tokenizer:
-    """Rebuild a SentencePiece model and complete `settings` with what it knows."""
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(file))
-    except RuntimeError as error:
-        raise CheckpointError(f"{file}: not a sentencepiece model ({error}); fetch it again") from error
-    pieces = [model.id_to_piece(id) for id in range(len(model))]
-    reserved = [model.is_control(id) or model.is_unknown(id) for id in range(len(model))]
-    scores = [None if reserved[id] or model.is_byte(id) else model.get_score(id) for id in range(len(model))]
-    prefix = model.normalize("a") != "a"
-    tokenizer = _from_pieces(pieces, scores, model.unk_id(), prefix, repeat=settings.get("legacy", True))
-    declared = {int(id): token for id, token in settings.get("added_tokens_decoder", {}).items()}
-    for id, piece in enumerate(pieces):  # a user-defined symbol scores 0, the first merge -0; markup is control
-        if reserved[id] or (scores[id] == 0 and copysign(1, scores[id]) > 0):
-            markup = piece[0] + piece[-1] in ("<>", "[]")
-            declared.setdefault(id, {"content": piece.replace("▁", " "), "special": reserved[id] or markup})
-    for id, token in sorted(declared.items()):
-        flags = {name: bool(token.get(name)) for name in ("special", "lstrip", "rstrip")}
-        tokenizer.add_tokens([AddedToken(token["content"], normalized=False, **flags)])
-        if tokenizer.token_to_id(token["content"]) != id:
-            raise CheckpointError(f"{file}: the token '{token['content']}' of its folder has another id than {id}")
-    for name, id in (("bos_token", model.bos_id()), ("eos_token", model.eos_id()), ("unk_token", model.unk_id())):
-        settings.setdefault(name, pieces[id] if id >= 0 else None)
-    if settings.get("add_bos_token", True) and settings["bos_token"]:
-        _put_before(tokenizer, settings["bos_token"])
-    if tokenizer.encode(SAMPLE, add_special_tokens=False).ids != model.encode(SAMPLE):
-        raise CheckpointError(f"{file}: not BPE, or it normalises text; save it as tokenizer.json with transformers")
-    return tokenizer
-
-
-def _from_pieces(pieces: list[str], scores: list[float | None], unknown: int, prefix: bool, repeat: bool) -> Tokenizer:
-    """Build BPE from pieces; `prefix`: a space before the text, and (`repeat`) after each control token."""
-    vocabulary = {piece: id for id, piece in enumerate(pieces)}
-    pairs = [
-        (-score, vocabulary[piece[:cut]], vocabulary[piece[cut:]], piece[:cut], piece[cut:])
-        for piece, score in zip(pieces, scores, strict=True)
-        if score is not None  # control, unknown and byte pieces are no result of merging
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
-    merges = [(left, right) for *_, left, right in sorted(pairs)]
-    fallback = {"unk_token": pieces[unknown], "fuse_unk": True, "byte_fallback": "<0x00>" in vocabulary}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, **fallback))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    if prefix and not repeat:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    else:
-        space = [normalizers.Prepend("▁")] if prefix else []
-        tokenizer.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
-    return tokenizer
-
-
-def _put_before(tokenizer: Tokenizer, bos: str) -> None:
-    special = [(bos, tokenizer.token_to_id(bos))]
-    tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", special)
-
-
-def _splits() -> dict[str, list]:
-    """Return the splits into words by their GGUF name (llama.cpp, src/llama-vocab.cpp)."""
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return {
-        "gpt-2": [gpt2],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), gpt2],
-        "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"), byte_level],
-    }
-
-
 def read_gguf(path: Path) -> tuple[Tokenizer, dict, list[int]]:
     """Return the tokenizer of a GGUF file, its settings, and the ids that end a text or turn.
 
@@ -150,30 +71,67 @@ def read_gguf(path: Path) -> tuple[Tokenizer, dict, list[int]]:
     """
     from minitune.gguf_io import read_file  # loads numpy
 
-    metadata = {name.removeprefix("tokenizer."): value for name, value in read_file(path, arrays=True)[0].items()}
-    tokens, kind, split = (metadata.get(name) for name in ("ggml.tokens", "ggml.model", "ggml.pre"))
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    ids = {name: metadata.get(f"ggml.{name}_token_id") for name in (*names, "eot", "eom")}
-    if kind == "gpt2" and split in _splits():
-        merges = [tuple(merge.split(" ", 1)) for merge in metadata["ggml.merges"]]
-        vocabulary = {token: id for id, token in enumerate(tokens)}
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_splits()[split])
-        tokenizer.decoder = decoders.ByteLevel()
-    elif kind == "llama":
-        prefix = metadata.get("ggml.add_space_prefix", True)
-        typed = zip(metadata["ggml.scores"], metadata["ggml.token_type"], strict=True)
-        scores = [None if flag in (UNKNOWN, CONTROL, BYTE) else score for score, flag in typed]
-        tokenizer = _from_pieces(tokens, scores, ids["unknown"] or 0, prefix, repeat=True)
+    fields = {name.removeprefix("tokenizer."): value for name, value in read_file(path, arrays=True)[0].items()}
+    kind, architecture = fields.get("ggml.model"), fields.get("general.architecture")
+    if kind not in ("gpt2", "llama"):
+        raise CheckpointError(f"{path}: tokenizer.ggml.model {kind!r}; known: 'gpt2' (byte-level BPE), 'llama' (BPE)")
+    tokens = _column(fields, "ggml.tokens", str, path)
+    types = _column(fields, "ggml.token_type", int, path, len(tokens))
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        twice = next(token for id, token in enumerate(tokens) if vocabulary[token] != id)
+        raise CheckpointError(f"{path}: the token {twice!r} stands twice in tokenizer.ggml.tokens; fetch it again")
+    ids = {name: _id(fields, name, len(tokens), path) for name in (*SPECIAL, "eot", "eom")}
+    adds_bos = kind == "llama"
+    if kind == "gpt2":
+        split = split_named(fields.get("ggml.pre"), architecture, path)
+        if not any(len(token) > 1 for token, flag in zip(tokens, types, strict=True) if flag == NORMAL):
+            fields.setdefault("ggml.merges", [])  # nothing to merge: an empty array is not written
+        merges = [tuple(merge.split(" ", 1)) for merge in _column(fields, "ggml.merges", str, path)]
+        with library_errors(path):
+            tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split.whole_words))
+        tokenizer.normalizer = normalizers.NFC() if split.nfc else None
+        tokenizer.pre_tokenizer, tokenizer.decoder = split.pre_tokenizer(), decoders.ByteLevel()
+        adds_bos = split.bos
     else:
-        known = f"'llama', or 'gpt2' split as {', '.join(sorted(_splits()))}"
-        found = f"tokenizer.ggml.model {kind!r}, tokenizer.ggml.pre {split!r}"
-        raise CheckpointError(f"{path}: {found}; known: {known}{nearest(str(split), _splits())}")
-    for token, flag in zip(tokens, metadata["ggml.token_type"], strict=True):
-        if flag in (CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=flag == CONTROL, normalized=False)])
-    if metadata.get("ggml.add_bos_token", kind == "llama" or split == "llama-bpe") and ids["bos"] is not None:
-        _put_before(tokenizer, tokens[ids["bos"]])
-    settings = {key: tokens[ids[name]] for name, key in names.items() if ids[name] is not None}
-    settings |= {"clean_up_tokenization_spaces": False, "chat_template": metadata.get("chat_template")}
+        scores = _column(fields, "ggml.scores", float, path, len(tokens))
+        if not all(map(isfinite, scores)):
+            raise CheckpointError(f"{path}: tokenizer.ggml.scores are not finite; fetch it again")
+        typed = zip(scores, types, strict=True)
+        scores = [None if flag in (UNKNOWN, CONTROL, BYTE) else score for score, flag in typed]
+        prefix = fields.get("ggml.add_space_prefix", True)
+        with library_errors(path):
+            tokenizer = from_pieces(tokens, scores, ids["unknown"] or 0, prefix, repeat=True)
+    add_declared(tokenizer, _declared(tokens, types, strips=kind == "llama" and architecture == "phi3"), path)
+    if fields.get("ggml.add_bos_token", adds_bos) and ids["bos"] is not None:
+        put_before(tokenizer, tokens[ids["bos"]])
+    settings = {key: tokens[ids[name]] for name, key in SPECIAL.items() if ids[name] is not None}
+    settings |= {"clean_up_tokenization_spaces": False, "chat_template": fields.get("chat_template")}
     return tokenizer, settings, [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
+
+
+def _declared(tokens: list[str], types: list[int], strips: bool) -> dict[int, dict]:
+    """Return id -> flags of the tokens that are matched as a whole; `strips`: Phi-3's swallow the space behind them."""
+    return {
+        id: {"content": token, "special": kind == CONTROL, "rstrip": strips and token not in PHI3_KEEPING}
+        for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    }
+
+
+def _column(fields: dict[str, Any], name: str, kind: type, where: Path, count: int | None = None) -> list:
+    """Return an array of the metadata: `count` values of a kind, or any number; CheckpointError for anything else."""
+    values = fields.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise CheckpointError(f"{where}: tokenizer.{name} is missing or no list of {kind.__name__}; fetch it again")
+    if count is not None and len(values) != count:
+        raise CheckpointError(f"{where}: tokenizer.{name} has {len(values):,} values for {count:,} tokens")
+    return values
+
+
+def _id(fields: dict[str, Any], name: str, count: int, where: Path) -> int | None:
+    """Return the id of a special token, None where the file names none; CheckpointError where there is no such id."""
+    id = fields.get(f"ggml.{name}_token_id")
+    if id is not None and (not isinstance(id, int) or not 0 <= id < count):
+        raise CheckpointError(f"{where}: tokenizer.ggml.{name}_token_id is {id!r}, but there are {count:,} tokens")
+    return id

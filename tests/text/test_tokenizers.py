@@ -2,6 +2,7 @@
 
 import json
 import random
+from unicodedata import normalize
 
 import gguf
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitune.errors import CheckpointError, ConfigError, DataError
 from minitune.gguf_io import read_file
+from minitune.text.splits import SPLITS
 from minitune.text.stream import byte_level_alphabet
 from minitune.text.tokenizer import load_tokenizer
 
@@ -136,14 +138,27 @@ def test_tokenizer_model_gives_the_ids_of_sentencepiece(piece_folder, options):
     assert (ours.bos_id, ours.eos_id, ours.vocab_size, ours.add_bos) == (1, 2, len(judge), True)
 
 
-@pytest.mark.parametrize("options", [{"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}])
-def test_other_sentencepiece_models_are_refused(piece_folder, options):
-    with pytest.raises(CheckpointError, match="not BPE, or it normalises text; save it as tokenizer.json"):
-        load_tokenizer(piece_folder(**options))
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "identity"])
+@pytest.mark.parametrize("extra", [False, True])
+def test_sentencepiece_models_of_other_kinds_give_its_ids(piece_folder, kind, rule, extra):
+    options = {"model_type": kind, "normalization_rule_name": rule, "remove_extra_whitespaces": extra}
+    folder = piece_folder(**options, byte_fallback=False)
+    judge = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ours = load_tokenizer(folder)
+    texts = [text for text in TEXTS if "<0x41>" not in text]  # whose control tokens we cut apart, it does not
+    for text in [*texts, "ｶﾞ Ａ\u00a0\u0e35 ﬁ ① e\u0301 ", "   ", " ▁x▁ "]:
+        assert ours.encode(text, bos=False) == judge.encode(text), text
 
 
-def write_gguf(file, model, tokens, kinds, **fields):
-    writer = gguf.GGUFWriter(file, "llama")
+def test_sentencepiece_models_of_words_and_characters_are_refused(piece_folder):
+    for kind in ("word", "char"):
+        with pytest.raises(CheckpointError, match="cuts by words or characters; known: BPE, unigram"):
+            load_tokenizer(piece_folder(model_type=kind, byte_fallback=False))
+
+
+def write_gguf(file, model, tokens, kinds, architecture="llama", **fields):
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_tokenizer_model(model)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
@@ -154,10 +169,20 @@ def write_gguf(file, model, tokens, kinds, **fields):
     writer.close()
 
 
-@pytest.mark.parametrize("split", ["gpt-2", "llama-bpe", "smollm"])
+# name -> transformers' class for that tokenizer: its own normaliser and split
+SPLIT_CLASSES = {
+    **dict.fromkeys(["gpt-2", "phi-2"], "GPT2Tokenizer"),
+    **dict.fromkeys(["mpt", "olmo"], "GPTNeoXTokenizer"),
+    **dict.fromkeys(["qwen2", "deepseek-r1-qwen", "megrez"], "Qwen2Tokenizer"),
+    **dict.fromkeys(["smollm", "starcoder", "refact", "command-r"], "CohereTokenizer"),
+}
+
+
+@pytest.mark.parametrize("split", sorted(SPLITS))
 def test_gguf_splits_as_the_models_own_tokenizers_do(fast_folder, tmp_path, split):
-    from transformers import CohereTokenizer, GPT2Tokenizer
-    from transformers.convert_slow_tokenizer import TikTokenConverter
+    """Judges: transformers' classes, or its table of expressions by GGUF's name; DeepSeek's have vectors only."""
+    import transformers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     trained = json.loads((fast_folder("chatml") / "tokenizer.json").read_text())["model"]
     tokens = sorted(trained["vocab"], key=trained["vocab"].get)
@@ -167,18 +192,57 @@ def test_gguf_splits_as_the_models_own_tokenizers_do(fast_folder, tmp_path, spli
     write_gguf(tmp_path / "model.gguf", "gpt2", tokens, kinds, **fields)
     ours = load_tokenizer(tmp_path / "model.gguf")
     pairs = [tuple(pair) for pair in trained["merges"]]
-    judge = GPT2Tokenizer(vocab=trained["vocab"], merges=pairs)._tokenizer
-    if split == "llama-bpe":
-        pattern = TikTokenConverter("").pattern
-        words = pre_tokenizers.Split(Regex(pattern), "isolated")
+    words = {"vocab": trained["vocab"], "merges": pairs}
+    judge = getattr(transformers, SPLIT_CLASSES.get(split, "GPT2Tokenizer"))(**words)._tokenizer
+    if split not in ("command-r", "mpt", "olmo", "qwen2", "deepseek-r1-qwen", "megrez"):
+        judge.normalizer = None
+    if split in GGUF_PRE_TOKENIZER_SPLITS:
+        words = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[split]), "isolated")
         judge.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    whole_words = split in ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+    if whole_words:
         judge.model = models.BPE(trained["vocab"], pairs, ignore_merges=True)
-    if split == "smollm":
-        judge.pre_tokenizer = CohereTokenizer(vocab=trained["vocab"], merges=pairs)._tokenizer.pre_tokenizer
-    assert ours.add_bos == (split == "llama-bpe")
-    for text in TEXTS[:-2]:
-        assert ours.encode(text, bos=False) == judge.encode(text, add_special_tokens=False).ids, text
-        assert ours.decode(ours.encode(text)) == text
+    assert ours.add_bos == whole_words
+    for text in [*TEXTS[:-2], "x fooBar BarFOO BAR's 12345 //\n// Δ´ʼéE\u0301"]:
+        if "deepseek-l" not in split and "deepseek-c" not in split:
+            assert ours.encode(text, bos=False) == judge.encode(text, add_special_tokens=False).ids, text
+        assert ours.decode(ours.encode(text)) == (normalize("NFC", text) if judge.normalizer else text)
+
+
+def test_gguf_files_older_than_the_name_of_the_split(fast_folder, tmp_path):
+    """GPT-NeoX and GPT-2 have one tokenizer each; any other file without the name is refused."""
+    trained = json.loads((fast_folder("chatml") / "tokenizer.json").read_text())["model"]
+    tokens = sorted(trained["vocab"], key=trained["vocab"].get)
+    fields = {"token_merges": [" ".join(pair) for pair in trained["merges"]], "eos_token_id": 2}
+    for name, composed in (("gptneox", True), ("gpt2", False)):
+        write_gguf(tmp_path / "model.gguf", "gpt2", tokens, [1] * len(tokens), architecture=name, **fields)
+        ours = load_tokenizer(tmp_path / "model.gguf")
+        assert (ours.encode("e\u0301") == ours.encode("\u00e9")) == composed
+    write_gguf(tmp_path / "model.gguf", "gpt2", tokens, [1] * len(tokens), **fields)
+    with pytest.raises(CheckpointError, match="tokenizer.ggml.pre None; known: .*gpt-2"):
+        load_tokenizer(tmp_path / "model.gguf")
+
+
+BAD_GGUF = [
+    ({"tokenizer_pre": "gpt-2"}, "tokenizer.ggml.merges is missing or no list of str"),
+    ({"tokenizer_pre": "gpt-2", "token_merges": ["ab"]}, "damaged"),
+    ({"tokenizer_pre": "gpt-2", "token_merges": ["a zz"]}, "damaged"),
+    ({"tokenizer_pre": "gpt-2", "token_merges": ["a b"], "eos_token_id": 3}, "eos_token_id is 3, but there are 3"),
+    ({"tokenizer_pre": "gpt-2", "token_merges": ["a b"], "kinds": [1]}, "token_type has 1 values for 3 tokens"),
+    ({"tokenizer_pre": "gpt-2", "token_merges": ["a b"], "tokens": ["a", "b", "a"]}, "the token 'a' stands twice"),
+    ({"model": "llama", "token_scores": [0.0]}, "scores has 1 values for 3 tokens"),
+    ({"model": "llama", "token_scores": [0.0, float("nan"), 0.0]}, "scores .*not finite"),
+    ({"tokenizer_pre": "gpt-2", "token_merges": ["a b"], "eos_token_id": None}, "no eos_token"),
+]
+
+
+@pytest.mark.parametrize("fields,message", BAD_GGUF)
+def test_gguf_tokenizers_that_do_not_fit_together_are_refused(tmp_path, fields, message):
+    fields = {"model": "gpt2", "tokens": ["a", "b", "ab"], "kinds": [1, 1, 1], "eos_token_id": 0} | fields
+    fields = {name: value for name, value in fields.items() if value is not None}
+    write_gguf(tmp_path / "model.gguf", fields.pop("model"), fields.pop("tokens"), fields.pop("kinds"), **fields)
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(tmp_path / "model.gguf")
 
 
 def test_gguf_of_an_unknown_split_is_refused(tmp_path):
@@ -367,7 +431,7 @@ def test_tokens_that_other_files_add(piece_folder):
 
 BROKEN = {
     "nothing": ({}, "no tokenizer.json or tokenizer.model"),
-    "json": ({"tokenizer.json": "{"}, "tokenizer.json: damaged"),
+    "json": ({"tokenizer.json": "{"}, "tokenizer.json is damaged"),
     "model": ({"tokenizer.model": "garbage"}, "not a sentencepiece model"),
     "config": ({"tokenizer.json": "x", "tokenizer_config.json": "{"}, "not valid JSON"),
     "list": ({"tokenizer.json": "x", "tokenizer_config.json": "[]"}, "not an object"),
