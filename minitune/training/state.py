@@ -5,7 +5,7 @@ A checkpoint `step-0000050` (or `step-0000050-02`: two micro-batches into the ne
     weights.safetensors     what trains; the frozen base is only named, by `fingerprint`
     optimizer.safetensors   moments
     window.safetensors      random states, and the summed gradients of an open accumulation window
-    state.json              counters, the fingerprint and the sha256 of the three files
+    state.json              counters, the fingerprint, and the sha256 of these two and of the three files
 
 It is written to a temporary folder, forced to disk and renamed, so a killed run finds its last complete one;
 a damaged one is refused by name and the one before it used. torch.save was rejected: it pickles.
@@ -127,6 +127,7 @@ def save_checkpoint(
             "fingerprint": matters,
             "sha256": {name: file_sha256(temporary / f"{name}.safetensors") for name in FILES},
         }
+        state["sha256"]["state"] = _digest(state)
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     _prune(root, keep)
     return folder
@@ -198,14 +199,20 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         sums = {name: state["sha256"][name] for name in FILES}
-        Progress(**state["progress"])
-    except (OSError, ValueError, KeyError, TypeError):
+        if state["sha256"]["state"] != _digest(state):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{folder / 'state.json'} is missing or damaged") from None
     for name, expected in sums.items():
         path = folder / f"{name}.safetensors"
         if not path.is_file() or file_sha256(path) != expected:
             raise CheckpointError(f"{path} is missing, truncated or damaged")
     return state
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """Return the sha256 of a state's counters and fingerprint: a flipped digit would resume at another step."""
+    return hashlib.sha256(json.dumps([state["progress"], state["fingerprint"]], sort_keys=True).encode()).hexdigest()
 
 
 def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:

@@ -99,6 +99,7 @@ def outcome(folder):
     states = sorted(path for path in (folder / "checkpoints").glob("step-*") if not path.suffix)
     state = json.loads((states[-1] / "state.json").read_text())
     state["progress"].pop("seconds")
+    state["sha256"].pop("state")  # of the seconds, among others
     lines = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder)]
     (result,) = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
     return {"checkpoint": states[-1].name, "state": state, "metrics": lines, "result": result.read_bytes()}
