@@ -136,9 +136,9 @@ def resolve(name_or_path: str | Path) -> Path:
     Raises:
         CheckpointError: neither exists, with the nearest name, or the command that fetches it.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        return path
+    path = os.path.expanduser(name_or_path)
+    if os.path.exists(path):  # pathlib's would raise for names that are none: too long, of nobody's home
+        return Path(path)
     entry, place = _find(str(name_or_path))
     problem = _problem(entry, _folder(entry), deep=False)
     if problem:

@@ -58,7 +58,7 @@ def outcome(read: Callable[[], Any]) -> Any:
 @st.composite
 def mutated_bytes(draw, content: bytes, head: int = 4096) -> bytes:
     """Return `content` with one to three places flipped, cut off, put in, taken out or doubled, mostly in its head."""
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         size = max(1, len(content))
         at = draw(st.one_of(st.integers(0, min(head, size) - 1), st.integers(0, size - 1)))
         length = draw(st.sampled_from([1, 1, 2, 4, 8, 64]))
@@ -96,7 +96,7 @@ def mutated_json(draw, document: dict) -> str:
     """Return `document` as JSON with one to three values of another kind, keys gone, strange or given twice."""
     document = _copied(document)
     twice = None
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         places = list(_places(document))
         holder, key = draw(st.sampled_from(places)) if places else (document, "x")
         kind = draw(st.sampled_from(["odd", "odd", "odd", "swap", "number", "remove", "new", "twice", "deep"]))

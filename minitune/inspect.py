@@ -1,0 +1,358 @@
+"""`python -m minitune.inspect PATH`: say what a checkpoint, an adapter or a run is, and what is wrong with it.
+
+Only configs, headers and tokenizers are read, never a weight: a header of 8 bytes to a few MB says where each tensor
+lies and what it is, so 100 GB are described as quickly as 100 MB. What loading would refuse is a problem: all of them
+are listed, and the exit code is 1. What it would take is a note. A NaN in a weight is for loading to find.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from minitune.cli import parse
+from minitune.errors import CheckpointError, MinituneError, run_command
+
+_NAMES = {  # fields of ModelConfig that are always shown, as what
+    "family": "family", "num_layers": "layers", "hidden_size": "width", "intermediate_size": "feed-forward width",
+    "num_heads": "heads", "num_kv_heads": "key/value heads", "head_dim": "head width", "vocab_size": "vocabulary",
+    "max_positions": "context", "tie_embeddings": "head tied to the embedding",
+}  # fmt: skip
+_PARTS = ("embedding", "attention", "mlp", "norms", "head", "adapter", "other")
+_SYSTEM = "Answer in rhyme."
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What to describe.
+
+    Args:
+        paths: names in the manifest, Hugging Face folders, GGUF files, adapters' or runs' folders.
+        json: print JSON instead of text.
+    """
+
+    paths: tuple[str, ...]
+    json: bool = False
+
+
+class Findings:
+    """What is wrong: `problems` keep something from being loaded, `notes` do not."""
+
+    def __init__(self):
+        """Start with none."""
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def attempt(self, function: Callable, *arguments: Any, **options: Any) -> Any:
+        """Return what `function` returns; where it finds the input at fault, None, and that is a problem."""
+        try:
+            return function(*arguments, **options)
+        except MinituneError as error:
+            self.problems += getattr(error, "problems", None) or [" ".join(str(error).split())]
+            return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what `argv` names; return 1 where something of it cannot be loaded."""
+    config = parse(
+        InspectConfig, argv, prog="python -m minitune.inspect", positional="paths",
+        description="Say what a checkpoint, an adapter or a run is, without loading its weights.",
+    )  # fmt: skip
+    found = [describe(path) for path in config.paths]
+    print("\n\n".join(json.dumps(facts, indent=2, default=str) if config.json else as_text(facts) for facts in found))
+    return int(any(facts["problems"] for facts in found))
+
+
+def describe(name_or_path: str | Path) -> dict[str, Any]:
+    """Return what is known of a model, adapter or run, as values that JSON has; sizes are in bytes.
+
+    Raises CheckpointError where there is nothing, or nothing of these kinds.
+    """
+    from minitune.sources import resolve
+
+    path, findings = resolve(name_or_path), Findings()
+    kinds = {
+        "run": (path / "config.yaml", _run),
+        "model, Hugging Face folder": (path / "config.json", _model),
+        "adapter, PEFT folder": (path / "adapter_config.json", _adapter),
+    }
+    kind, read = next(((kind, read) for kind, (sign, read) in kinds.items() if sign.is_file()), (None, _model))
+    if kind is None:
+        kind = "model, GGUF file"
+        if path.suffix != ".gguf" and not any(path.glob("*.gguf")):
+            raise CheckpointError(
+                f"{path} is no model, adapter or run: it has neither config.json, adapter_config.json nor config.yaml, "
+                "and is no .gguf file"
+            )
+    facts = {"path": str(path), "kind": kind, **read(path, findings), "files": _files(path, findings)}
+    return facts | {"notes": findings.notes, "problems": findings.problems}
+
+
+def _model(path: Path, findings: Findings) -> dict[str, Any]:
+    """Describe the model at `path`."""
+    from minitune.checkpoint.load import open_model
+    from minitune.model.names import own_name
+
+    settings, tensors = findings.attempt(open_model, path) or ({}, {})
+    quantization = settings.pop("quantization_config", None)
+    config = findings.attempt(_config, settings, path) if settings else None
+    named = {own_name(config, name): tensor for name, tensor in tensors.items()} if config else tensors
+    facts = {"model": _sizes(config), "parts": _by_part(named), "quantisation": _quantisation(quantization, tensors)}
+    if config and tensors:
+        findings.attempt(_check_weights, config, tensors, path, findings)
+    return facts | _tokenizer(path, findings, config.vocab_size if config else None)
+
+
+def _config(settings: dict[str, Any], path: Path) -> Any:
+    from minitune.model.config import ModelConfig
+
+    return ModelConfig.from_hf(settings, where=str(path))
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    """Return what is always of interest, then each other value that is not the usual one."""
+    if config is None:
+        return {}
+    values = asdict(config)
+    others = [one.name for one in fields(config) if one.name not in _NAMES and values[one.name] != one.default]
+    return {_NAMES.get(name, name.replace("_", " ")): values[name] for name in (*_NAMES, *others)}
+
+
+def _check_weights(config: Any, tensors: Mapping[str, Any], path: Path, findings: Findings) -> None:
+    """Compare what is stored with what the config needs; raises CheckpointError for sizes that cannot be."""
+    from minitune.checkpoint.load import own_tensors, tensor_problems
+
+    own = own_tensors(config, tensors)
+    if config.tie_embeddings and own.pop("lm_head.weight", None) is not None:
+        findings.notes.append("the head is stored though it is tied; loading checks that it equals the embedding")
+    findings.problems += tensor_problems(config, own, path)
+
+
+def _part(name: str) -> str:
+    """Return which part of a model a tensor belongs to, by its name here."""
+    module = name.rpartition(".")[0]
+    leaf = module.rpartition(".")[2]
+    signs = {
+        "adapter": ".lora_" in name,
+        "norms": "norm" in leaf,
+        "embedding": "embed" in leaf,
+        "attention": ".self_attn." in name,
+        "mlp": ".mlp." in name,
+        "head": leaf in ("lm_head", "score"),
+        "other": True,
+    }
+    return next(part for part, is_it in signs.items() if is_it)
+
+
+def _by_part(tensors: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return counts by part of the model, then those of all; parameters that are stored in 4 bits count as one each."""
+    from math import prod
+
+    rows = {part: {"part": part, "tensors": 0, "parameters": 0, "bytes": 0, "dtypes": []} for part in (*_PARTS, "all")}
+    for name, tensor in tensors.items():
+        for row in (rows[_part(name)], rows["all"]):
+            row["tensors"] += 1
+            row["parameters"] += prod(tensor.shape)
+            row["bytes"] += _stored_bytes(tensor)
+            row["dtypes"] = sorted({*row["dtypes"], _stored_dtype(tensor)})
+    return [row for row in rows.values() if row["tensors"]]
+
+
+def _stored_bytes(tensor: Any) -> int:
+    """Return the bytes of a tensor in its file."""
+    if hasattr(tensor, "parts"):
+        return sum(part.size for part in tensor.parts.values())
+    if hasattr(tensor, "kind"):
+        from math import prod
+
+        from gguf.quants import quant_shape_to_byte_shape
+
+        return prod(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
+    return tensor.size
+
+
+def _stored_dtype(tensor: Any) -> str:
+    """Return what a tensor's numbers are in its file."""
+    if hasattr(tensor, "kind"):
+        return tensor.kind.name
+    return "4 bits" if hasattr(tensor, "parts") else str(tensor.dtype).removeprefix("torch.")
+
+
+def _quantisation(settings: Any, tensors: Mapping[str, Any]) -> str:
+    """Say how weights are quantised, "none" where they are not."""
+    if isinstance(settings, dict):
+        kind = settings.get("bnb_4bit_quant_type", "")
+        double = ", double quantisation" if settings.get("bnb_4bit_use_double_quant") else ""
+        return f"{settings.get('quant_method', 'bitsandbytes')} {kind}{double}".strip()
+    kinds = [tensor.kind.name for tensor in tensors.values() if hasattr(tensor, "kind")]
+    counts = {kind: kinds.count(kind) for kind in sorted(set(kinds)) if kind.startswith(("Q", "I"))}
+    return ", ".join(f"{kind} ({count} tensors)" for kind, count in counts.items()) or "none"
+
+
+def _tokenizer(path: Path, findings: Findings, rows: int | None) -> dict[str, Any]:
+    """Describe the tokenizer and its chat template; `rows` is the height of the model's embedding."""
+    from minitune.checkpoint.load import has_tokenizer, load_tokenizer
+
+    if not has_tokenizer(path):
+        findings.notes.append("there is no tokenizer: the model loads, but cannot train or generate")
+        return {"tokenizer": None, "template": None}
+    tokenizer = findings.attempt(load_tokenizer, path)
+    if tokenizer is None:
+        return {"tokenizer": None, "template": None}
+    if rows is not None:
+        findings.attempt(tokenizer.check_fits, rows)
+    facts = {
+        "kind": tokenizer.kind,
+        "tokens": tokenizer.vocab_size,
+        "spare rows in the embedding": None if rows is None else max(0, rows - tokenizer.vocab_size),
+        "special": {name: f"{token} ({tokenizer.control_ids.get(token)})" for name, token in tokenizer.special.items()},
+        "ends a turn": list(tokenizer.end_ids),
+        "puts BOS before a text": tokenizer.add_bos,
+    }
+    return {"tokenizer": facts, "template": _template(tokenizer, findings)}
+
+
+def _template(tokenizer: Any, findings: Findings) -> dict[str, Any] | None:
+    """Describe a chat template, and try what it does with a system message."""
+    import hashlib
+
+    template = tokenizer.chat_template
+    if template is None:
+        findings.notes.append("there is no chat template: messages cannot be rendered")
+        return None
+    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "Hi"}]
+    rendered = findings.attempt(template.render, messages, [(2, True)], tokenizer.special)
+    (text,) = rendered or [""]
+    taken = "refused" if isinstance(text, Exception) else "taken" if _SYSTEM in text else "left out in silence"
+    if taken != "taken":
+        findings.notes.append(f"a system message is {taken} by the chat template")
+    return {
+        "sha256": hashlib.sha256(template.source.encode()).hexdigest(),
+        "characters": len(template.source),
+        "first line": template.source.strip().partition("\n")[0][:80],
+        "system message": taken,
+    }
+
+
+def _adapter(path: Path, findings: Findings) -> dict[str, Any]:
+    """Describe the PEFT adapter in the folder `path`."""
+    from minitune.checkpoint.adapter import CONFIG, WEIGHTS, adapter_quantization
+    from minitune.files import read_json
+    from minitune.safetensors_io import read_header
+
+    settings = findings.attempt(read_json, path / CONFIG) or {}
+    tensors = findings.attempt(read_header, path / WEIGHTS) or {}
+    quantization = findings.attempt(adapter_quantization, path) if tensors else None
+    shown = {name: value for name, value in settings.items() if value not in (None, False, [], {}, "", "none")}
+    modules = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name})
+    facts = {
+        "adapter": shown | {"modules in the file": modules},
+        "parts": _by_part(tensors),
+        "base in training": "unsaid, or not quantised" if quantization is None else str(quantization),
+    }
+    if tensors:
+        findings.attempt(_check_adapter, path, settings.get("base_model_name_or_path"), findings)
+    return facts
+
+
+def _check_adapter(path: Path, base: Any, findings: Findings) -> None:
+    """Compare an adapter with its base, where that is here; CheckpointError where it does not fit."""
+    from minitune.checkpoint.adapter import open_adapter
+    from minitune.checkpoint.load import open_model, own_tensors, tensor_problems
+    from minitune.model.transformer import Transformer
+    from minitune.sources import resolve
+
+    try:
+        place = resolve(str(base))
+        settings, tensors = open_model(place)
+        settings.pop("quantization_config", None)
+        config = _config(settings, place)
+        own = own_tensors(config, tensors)
+        tensor_problems(config, own, place)  # refuses absurd sizes, of which no model can be made
+        model = Transformer(config, device="meta", init=False)
+    except MinituneError as error:
+        findings.notes.append(f"whether it fits its base is not known: {error}")
+        return
+    open_adapter(model, path)
+
+
+def _run(path: Path, findings: Findings) -> dict[str, Any]:
+    """Describe a run: how far it came, and the adapter or model that it left, whose problems are the run's."""
+    from minitune.files import read_json
+    from minitune.training.state import checkpoints
+
+    folders = checkpoints(path / "checkpoints")
+    states = {folder.name: findings.attempt(read_json, folder / "state.json") or {} for folder in folders}
+    progress = [state.get("progress") or {} for state in states.values()][-1:]
+    kept = ("step", "tokens", "target_tokens", "seconds", "best_step", "best_loss")
+    last = [{name: reached.get(name) for name in kept} for reached in progress if isinstance(reached, dict)]
+    facts = {"checkpoints": list(states), "last": last[0] if last else None, "result": None}
+    result = next((path / name for name in ("adapter", "model") if (path / name).is_dir()), None)
+    if result is None:
+        findings.notes.append("the run has left no adapter and no model yet; go on with --resume")
+        return facts
+    left = describe(result)
+    findings.problems += left["problems"]
+    return facts | {"result": left}
+
+
+def _files(path: Path, findings: Findings) -> list[dict[str, Any]]:
+    """Return names and sizes of the files; pickles, which nothing here reads, are noted."""
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    pickles = [file.name for file in files if file.suffix in _PICKLES]
+    if pickles:
+        findings.notes.append(
+            f"pickles lie beside, which run code when loaded; they are not used: {', '.join(pickles)}"
+        )
+    return [{"file": file.name, "bytes": file.stat().st_size} for file in files]
+
+
+def as_text(facts: Mapping[str, Any]) -> str:
+    """Return what `describe` found as lines to read."""
+    lines = [f"{facts['path']}: {facts['kind']}"]
+    for name, value in facts.items():
+        if name in ("path", "kind"):
+            continue
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [name, *_table(value)]
+        elif isinstance(value, dict) and "kind" in value and "path" in value:
+            lines += [name, *(f"  {line}" for line in as_text(value).split("\n"))]
+        elif isinstance(value, dict):
+            width = max(map(len, value), default=0) + 2
+            lines += [name, *(f"  {key:{width}}{_shown(content)}" for key, content in value.items())]
+        elif name in ("problems", "notes") and value:
+            lines += [name, *(f"  {line}" for line in value)]
+        else:
+            lines.append(f"{name:18}{_shown(value)}")
+    # Names come from files of strangers, and a terminal obeys control characters.
+    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a word or a few."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(content)}" for key, content in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return rows under their heading as lines: words to the left, numbers to the right."""
+    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
+    sides = [(">" if type(value) is int else "<") for value in rows[0].values()]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            ["", *(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True))]
+        ).rstrip()
+        for line in cells
+    ]
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,232 @@
+"""What `inspect` says of models, adapters and runs, and that it reads no weight to say it."""
+
+import json
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minitune import safetensors_io
+from minitune.checkpoint.adapter import save_adapter
+from minitune.checkpoint.load import load_model
+from minitune.errors import CheckpointError
+from minitune.inspect import as_text, describe, main
+from minitune.model.config import LoRAConfig
+from minitune.model.lora import add_lora
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading a tensor raises."""
+
+    def refuse(self, destination):
+        raise AssertionError(f"{self.file}: a weight was read")
+
+    monkeypatch.setattr(safetensors_io.StoredTensor, "read_into", refuse)
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    return tiny_folder(tmp_path / "m")
+
+
+def rewrite(folder, **change):
+    """Change fields of a folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+
+
+def parts(facts) -> dict[str, tuple[int, int, int]]:
+    return {row["part"]: (row["tensors"], row["parameters"], row["bytes"]) for row in facts["parts"]}
+
+
+def test_a_folder_is_described_in_full(folder, no_weights):
+    facts = describe(folder)
+    assert facts["kind"] == "model, Hugging Face folder" and facts["problems"] == []
+    model = facts["model"]
+    assert (model["family"], model["layers"], model["width"], model["feed-forward width"]) == ("llama", 2, 32, 48)
+    assert (model["heads"], model["key/value heads"], model["head width"], model["vocabulary"]) == (4, 2, 8, 260)
+    assert (model["context"], model["head tied to the embedding"]) == (256, True)
+    # V D; layers (2 D H d + 2 D K d); layers 3 D F; (2 layers + 1) D; four bytes each
+    expected = {"embedding": (1, 260 * 32), "attention": (8, 2 * (2 * 32 * 32 + 2 * 32 * 16)),
+                "mlp": (6, 2 * 3 * 32 * 48), "norms": (5, 5 * 32)}  # fmt: skip
+    expected["all"] = tuple(sum(column) for column in zip(*expected.values(), strict=True))
+    assert parts(facts) == {part: (count, size, 4 * size) for part, (count, size) in expected.items()}
+    assert facts["tokenizer"]["kind"] == "BPE" and facts["tokenizer"]["tokens"] == 260
+    assert facts["tokenizer"]["special"]["pad_token"] == "<|pad|> (259)"
+    assert facts["template"]["system message"] == "taken" and len(facts["template"]["sha256"]) == 64
+    assert {row["file"]: row["bytes"] for row in facts["files"]} == {
+        file.name: file.stat().st_size for file in folder.iterdir()
+    }
+
+
+def test_shards_dtypes_and_an_own_head(tiny_folder, tmp_path, no_weights):
+    folder = tiny_folder(tmp_path / "m", tie_word_embeddings=False, dtype="bfloat16", max_shard_size="20KB")
+    facts = describe(folder)
+    assert facts["problems"] == [] and parts(facts)["head"] == (1, 260 * 32, 2 * 260 * 32)
+    assert {dtype for row in facts["parts"] for dtype in row["dtypes"]} == {"bfloat16"}
+    assert len([row for row in facts["files"] if row["file"].endswith(".safetensors")]) > 2
+
+
+def test_a_gguf_is_described(smollm2_path):
+    facts = describe("smollm2-135m-instruct")
+    assert facts["kind"] == "model, GGUF file" and facts["problems"] == []
+    counted = parts(facts)
+    assert counted["all"][1] == 134_515_008 and counted["all"][2] < smollm2_path.stat().st_size
+    assert (counted["attention"][0], counted["mlp"][0], counted["norms"][0]) == (120, 90, 61)
+    # Q4_1: 32 weights in 20 bytes; Q8_0: 32 in 34 (ggml-common.h)
+    assert counted["mlp"][2] == 3 * 30 * 576 * 1536 * 20 // 32 and counted["embedding"][2] == 49_152 * 576 * 34 // 32
+    assert facts["quantisation"] == "Q4_1 (210 tensors), Q8_0 (1 tensors)"
+    assert facts["tokenizer"]["tokens"] == 49_152 == facts["model"]["vocabulary"]
+
+
+def test_gigabytes_are_described_at_once(tmp_path):
+    """A sparse file of 64 GB, whose weights would take minutes to read."""
+    rows, width = 250_000, 64_000
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "vocab_size": rows, "hidden_size": width, "intermediate_size": 64, "head_dim": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "tie_word_embeddings": True,
+    }))  # fmt: skip
+    shape, size = [rows, width], 4 * rows * width
+    header = json.dumps({"model.embed_tokens.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}})
+    with open(tmp_path / "model.safetensors", "wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header.encode())
+        stream.truncate(8 + len(header) + size)
+    began = time.monotonic()
+    facts = describe(tmp_path)
+    assert time.monotonic() - began < 2
+    assert parts(facts)["embedding"] == (1, rows * width, 64_000_000_000)
+    assert len(facts["problems"]) == 10 and all(problem.endswith(" is missing") for problem in facts["problems"])
+
+
+def test_every_misfit_is_listed(folder, no_weights):
+    tensors = load_file(folder / "model.safetensors")
+    dropped = [name for name in tensors if "layers.1" in name]
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    tensors["model.norm.weight"] = torch.zeros(31)
+    extra = {f"extra.{number}.weight": torch.zeros(1) for number in range(20)}
+    save_file(tensors | extra, folder / "model.safetensors")
+    assert sorted(describe(folder)["problems"]) == sorted([
+        *(f"{name} is missing" for name in dropped),
+        *(f"{name} is not part of this model" for name in extra),
+        "model.norm.weight is [31] instead of [32]",
+    ])  # fmt: skip
+
+
+def test_what_loads_is_only_noted(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    (folder / "chat_template.jinja").write_text("{{ messages[-1]['content'] + '<|im_end|>' }}")
+    facts = describe(folder)
+    assert facts["problems"] == [] and len(facts["notes"]) == 3
+    for part in ("the head is stored though it is tied", "pytorch_model.bin", "system message is left out in silence"):
+        assert any(part in note for note in facts["notes"])
+    load_model(folder)
+
+
+def test_every_kind_of_problem_is_found_at_once(folder):
+    rewrite(folder, rope_scalling={})
+    (folder / "model.safetensors").write_bytes(b"")
+    problems = " ".join(describe(folder)["problems"])
+    assert "model.safetensors is not a whole safetensors file" in problems
+
+
+@pytest.mark.parametrize(
+    "damage, expected",
+    [
+        (lambda folder: rewrite(folder, model_type="mamba"), "'mamba' is not supported"),
+        (lambda folder: rewrite(folder, rope_scalling={}), "did you mean 'rope_scaling'"),
+        (lambda folder: rewrite(folder, num_hidden_layers=10**12), "1,000,000,000,000 layers are claimed"),
+        (lambda folder: rewrite(folder, vocab_size=259, pad_token_id=0), "the tokenizer's ids go up to 259"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json"),
+        (lambda folder: (folder / "config.json").write_text('{"a": 1, "a": 2}'), "the key 'a' is given twice"),
+    ],
+)
+def test_problems_are_named_and_the_exit_code_says_so(folder, capsys, damage, expected):
+    assert main([str(folder)]) == 0
+    assert "problems          none" in capsys.readouterr().out
+    damage(folder)
+    assert main([str(folder), "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert any(expected in problem for problem in facts["problems"])
+    assert expected in as_text(facts)
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"\x1b[2J\n": torch.zeros(1)}, folder / "model.safetensors")
+    text = as_text(describe(folder))
+    assert "\x1b" not in text and "\\x1b[2J\\n is not part of this model" in text
+
+
+def test_a_quantised_folder_is_described(tiny_folder, tmp_path):
+    from minitune.checkpoint.huggingface import save_model
+
+    source = tiny_folder(tmp_path / "m", hidden_size=64, intermediate_size=128)
+    save_model(load_model(source, quantize="nf4", keep_quantized=False), None, tmp_path / "q")
+    facts = describe(tmp_path / "q")
+    assert facts["problems"] == [] and facts["quantisation"] == "bitsandbytes nf4, double quantisation"
+    count = 2 * 3 * 64 * 128
+    mlp = next(row for row in facts["parts"] if row["part"] == "mlp")
+    assert (mlp["parameters"], mlp["dtypes"]) == (count, ["4 bits"]) and count / 2 < mlp["bytes"] < count
+
+
+def test_names_that_are_nothing_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="is no model, adapter or run"):
+        describe(tmp_path)
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        describe(tmp_path / "absent")
+    command = [sys.executable, "-m", "minitune.inspect", str(tmp_path / "absent")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_an_adapter_is_described(folder, tmp_path, request):
+    model = load_model(folder)
+    add_lora(model, LoRAConfig(rank=4, target_modules=("q_proj", "v_proj")))
+    save_adapter(model, tmp_path / "a", str(folder))
+    request.getfixturevalue("no_weights")
+    facts = describe(tmp_path / "a")
+    assert facts["kind"] == "adapter, PEFT folder" and facts["problems"] == [] == facts["notes"]
+    assert facts["adapter"]["r"] == 4 and facts["adapter"]["modules in the file"] == ["q_proj", "v_proj"]
+    size = 2 * (4 * (32 + 32) + 4 * (32 + 16))  # layers x R (in + out) of q and v
+    assert parts(facts)["adapter"] == (8, size, 4 * size)
+
+
+def test_an_adapter_of_another_base_and_one_without_base(tiny_folder, folder, tmp_path):
+    model = load_model(folder)
+    add_lora(model, LoRAConfig(rank=4, target_modules=("q_proj",)))
+    other = tiny_folder(tmp_path / "other", hidden_size=64, intermediate_size=64)
+    save_adapter(model, tmp_path / "a", str(other))
+    problems = " ".join(describe(tmp_path / "a")["problems"])
+    assert "layers.1.self_attn.q_proj.lora_A.weight is [4, 32] instead of [4, 64]" in problems
+    save_adapter(model, tmp_path / "b", "someone/elsewhere")
+    facts = describe(tmp_path / "b")
+    assert facts["problems"] == [] and len(facts["notes"]) == 1
+    assert "not known: someone/elsewhere: no such file or folder" in facts["notes"][0]
+
+
+def test_a_run_is_described_with_what_it_left(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    for step in (2, 4):
+        (run / "checkpoints" / f"step-{step:07d}").mkdir(parents=True)
+        state = {"progress": {"step": step, "tokens": 1234, "best_step": 2, "best_loss": 1.5}}
+        (run / "checkpoints" / f"step-{step:07d}" / "state.json").write_text(json.dumps(state))
+    (run / "config.yaml").write_text("method: lora\n")
+    facts = describe(run)
+    assert facts["checkpoints"] == ["step-0000002", "step-0000004"] and facts["last"]["step"] == 4
+    assert facts["result"] is None and "no adapter and no model yet" in facts["notes"][0]
+    model = load_model(folder)
+    add_lora(model, LoRAConfig(rank=4, target_modules=("q_proj",)))
+    save_adapter(model, run / "adapter", str(folder))
+    assert describe(run)["result"]["kind"] == "adapter, PEFT folder"
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    assert main([str(run)]) == 1
+    text = capsys.readouterr().out
+    assert text.count("is not a whole safetensors file") == 2  # of the run, and of its adapter
