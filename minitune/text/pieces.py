@@ -113,16 +113,19 @@ def from_pieces(
     """Build BPE from pieces; `prefix`: a space before the text, and (`repeat`) after each control token.
 
     A piece without a score (control, unknown and byte pieces) is no result of merging. `preparation` is done first.
+    Pairs of equal score give the same piece, a run of spaces say: sentencepiece takes the leftmost of them in the
+    text, which has the longest left part, since what is merged to its left was merged before.
     """
     vocabulary = {piece: id for id, piece in enumerate(pieces)}
     pairs = [
-        (-score, vocabulary[piece[:cut]], vocabulary[piece[cut:]], piece[:cut], piece[cut:])
+        (score, cut, piece)
         for piece, score in zip(pieces, scores, strict=True)
         if score is not None
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
-    merges = [(left, right) for *_, left, right in sorted(pairs)]
+    pairs.sort(key=lambda pair: (-pair[0], -pair[1]))
+    merges = [(piece[:cut], piece[cut:]) for _, cut, piece in pairs]
     fallback = {"unk_token": pieces[unknown], "fuse_unk": True, "byte_fallback": "<0x00>" in vocabulary}
     return _with_spaces(Tokenizer(models.BPE(vocabulary, merges, **fallback)), prefix, repeat, preparation)
 

@@ -81,7 +81,7 @@ def piece_folder(tmp_path_factory):
         llama |= {"hard_vocab_limit": False, "minloglevel": 2}
         with open(folder / "tokenizer.model", "wb") as file:
             sentences = {"sentence_iterator": iter(CORPUS), "model_writer": file}
-            sentencepiece.SentencePieceTrainer.train(**sentences, **(llama | options))
+            sentencepiece.SentencePieceTrainer.train(**(sentences | llama | options))
         settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         settings |= {"chat_template": template, "clean_up_tokenization_spaces": False} | (config or {})
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))

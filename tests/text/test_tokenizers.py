@@ -138,6 +138,23 @@ def test_tokenizer_model_gives_the_ids_of_sentencepiece(piece_folder, options):
     assert (ours.bos_id, ours.eos_id, ours.vocab_size, ours.add_bos) == (1, 2, len(judge), True)
 
 
+def test_of_equal_merges_the_leftmost_is_done_first(piece_folder):
+    """Runs of one character can be cut in many ways: all pairs that give the same piece have its score."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    folder = piece_folder()
+    model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    del model.pieces[259:]  # what stays are control tokens and bytes; the lengths below are those of Mistral's runs
+    runs = ["=" * length for length in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 1)]
+    for rank, piece in enumerate([*runs, "\u2581"]):
+        model.pieces.add(piece=piece, score=-1 - rank)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    judge = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ours = load_tokenizer(folder)
+    for length in range(80):
+        assert ours.encode("=" * length, bos=False) == judge.encode("=" * length)
+
+
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 @pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "identity"])
 @pytest.mark.parametrize("extra", [False, True])
