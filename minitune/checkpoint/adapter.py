@@ -1,102 +1,245 @@
 """LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT names the tensors of module M `base_model.model.M.lora_A.weight` (R, in) and `.lora_B.weight` (out, R).
-Which modules are adapted is read from those names, which is the truth, rather than from `target_modules`,
-which is a pattern. A field of the config that would change the result and is not implemented is refused.
+PEFT names the tensors of module M `base_model.model.M.lora_A.weight` (R, in), `.lora_B.weight` (out, R) and in DoRA
+`.lora_magnitude_vector` (out,), M being the module's name in the family's checkpoints. Beside them stand parameters of
+the base that were trained whole (`modules_to_save`, `bias`), under their own names; an adapted layer's bias is its
+`.base_layer.bias`. What trains is what is saved: no list of those is kept besides.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minitune.checkpoint.adapter_config import CONFIG, HEADS, layer_settings, read_config, within, write_fields
+from minitune.checkpoint.fit import all_finite as all_finite  # these are used elsewhere too
+from minitune.checkpoint.fit import check_fit as check_fit
+from minitune.checkpoint.fit import fail_listing as fail_listing
+from minitune.checkpoint.fit import misfits as misfits
 from minitune.checkpoint.huggingface import refuse_pickle
 from minitune.checkpoint.prequantized import configuration
 from minitune.errors import CheckpointError, ConfigError
-from minitune.files import atomic_file, read_json, write_json
-from minitune.model.config import LoRAConfig, QuantizationConfig
-from minitune.model.lora import add_lora, linear_modules, lora_modules, quantized_weights
+from minitune.files import atomic_file, write_json
+from minitune.model.adapters import LoRA
+from minitune.model.config import LoRAConfig, ModelConfig, QuantizationConfig
+from minitune.model.lora import install, linear_modules, lora_modules, quantized_weights
+from minitune.model.names import checkpoint_name, is_transposed
 from minitune.model.transformer import Transformer, add_score_head
+from minitune.model.vocabulary import grow_vocabulary, untie_head
 from minitune.safetensors_io import StoredTensor, read_header, read_metadata, write_tensors
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_LISTED = 8
+_PARTS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _SCORE = f"{_PREFIX}score.weight"  # of a reward model: PEFT's `modules_to_save`
 _BASE = "minitune.base_quantization"  # in the file's metadata: PEFT's config has no field for it
-
-_USED = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
-# Fields of which some values are implemented; the second task and module are those of a reward model.
-_ALLOWED = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", "SEQ_CLS", None),
-    "modules_to_save": (["score"], ["classifier", "score"], [], None),  # PEFT names both for every family's classifier
-    # Those that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them.
-    "init_lora_weights": ("gaussian", "eva", "orthogonal", True, False, None),
-}
-# Where it came from, or which modules it has; the tensors themselves say the latter.
-_INERT = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
-}  # fmt: skip
-_PLAIN = "; convert the adapter to plain LoRA in PEFT (path_initial_model_for_weight_conversion)"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
-    """Add the adapter in `folder` to `model`, in place, and return its configuration.
+@dataclasses.dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter on disk that was found to fit a model; no weight has been read."""
 
-    That of a reward model brings its head.
+    folder: Path
+    fields: dict[str, Any]
+    layers: dict[str, LoRAConfig]
+    """Settings by the path of the layer."""
+    beside: dict[str, str]
+    """Parameters of the base that it brings, our name -> the file's; those of a tied head share the embedding's."""
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def reward(self) -> bool:
+        """Whether it brings a reward head."""
+        return _SCORE in self.tensors
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """Return all tensors, fp32 where they are a layer's; CheckpointError naming those that are not finite."""
+        values = {name: tensor.read() for name, tensor in self.tensors.items()}
+        bad = [f"{name} holds a NaN or infinity" for name, value in values.items() if not all_finite(value.float())]
+        fail_listing(f"{self.folder} is from a run that diverged", bad)
+        return values
+
+
+def load_adapter(model: Transformer, folder: str | Path, base_name: str | None = None) -> LoRAConfig:
+    """Add the adapter in `folder` to `model`, in place, and return what most of its layers have.
+
+    Its parameters are trainable afterwards, those of the base that it brings included, and no others. That of a reward
+    model brings its head; one with more embedding rows makes the vocabulary as large.
+
+    Args:
+        model: the base.
+        folder: in PEFT's format.
+        base_name: what the base was loaded as; a warning says where the adapter was trained on one of another name.
 
     Raises:
         CheckpointError: a file is missing or damaged, a field of the config is not implemented, or tensors do not
             fit this model; the model is unchanged then.
         ConfigError: the model has an adapter already.
     """
+    stored = open_adapter(model, folder)
+    if base_name is not None:
+        _compare_names(stored, base_name)
+    values = stored.read()
+    _check_tied(model, stored, values)
+    config = model.config  # as it was when the names were made
+    added = install(model, stored.layers)
+    _put_factors(added, values, config)
+    if stored.reward:
+        add_score_head(model)
+        model.score.weight.data.copy_(values[_SCORE])
+    _put_beside(model, stored, values)
+    return _typical(stored)
+
+
+def open_adapter(model: Transformer, folder: str | Path) -> StoredAdapter:
+    """Return what `folder` holds, once it is known to fit `model`; CheckpointError as `load_adapter`."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         inner = folder / "adapter"
         instead = f"; give {inner}" if (inner / CONFIG).is_file() else "; give an adapter's folder, as training writes"
         raise CheckpointError(f"{folder} holds no {CONFIG}{instead}")
-    fields = read_json(folder / CONFIG)
-    if isinstance(fields.get("modules_to_save"), list):  # PEFT adds both of its names again at each loading
-        fields["modules_to_save"] = sorted(set(map(str, fields["modules_to_save"])))
-    _check_fields(fields, folder / CONFIG)
-    try:
-        config = LoRAConfig(
-            rank=fields["r"],
-            alpha=fields.get("lora_alpha", 8),  # PEFT's default
-            dropout=fields.get("lora_dropout") or 0.0,
-            rslora=bool(fields.get("use_rslora")),
-        )
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    fields = read_config(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         for file in sorted(folder.iterdir()):
             refuse_pickle(file)
     tensors = read_header(folder / WEIGHTS)
+    if not tensors:
+        raise CheckpointError(f"{folder} is not an adapter of this model: it holds no tensors of one")
+    _check_head(model, fields, tensors, folder)
+    paths = {checkpoint_name(model.config, path): path for path in linear_modules(model)}
+    found = (re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_[AB]\.weight", name) for name in tensors)
+    present = dict.fromkeys(match[1] for match in found if match and match[1] in paths)
+    settings = layer_settings(fields, list(paths), present, folder / CONFIG)
+    layers = {paths[name]: one for name, one in settings.items()}
+    pissa = [path for path in layers if path in quantized_weights(model) and layers[path].init != "kaiming"]
+    if pissa:
+        raise CheckpointError(f"{folder / CONFIG}: init_lora_weights 'pissa' needs a base that is not quantised")
+    beside = _beside(model, fields, layers, tensors)
+    stored = StoredAdapter(folder, fields, layers, beside, tensors)
+    fail_listing(f"{folder} is not an adapter of this model", _problems(model, stored))
+    return stored
+
+
+def _typical(stored: StoredAdapter) -> LoRAConfig:
+    """Return the settings of most layers, with all their paths as targets."""
+    settings = list(stored.layers.values())
+    return dataclasses.replace(max(settings, key=settings.count), target_modules=tuple(stored.layers))
+
+
+def _compare_names(stored: StoredAdapter, base_name: str) -> None:
+    """Warn where the adapter names another base: shapes alone do not tell one fine-tune from another."""
+    named = stored.fields.get("base_model_name_or_path")
+    last = [re.split(r"[/\\]", str(name).rstrip("/\\"))[-1].lower() for name in (named, base_name)]
+    if named and last[0] != last[1]:
+        print(f"{stored.folder} says that its base is {named}; it is put on {base_name} now", file=sys.stderr)
+
+
+def _check_head(model: Transformer, fields: dict[str, Any], tensors: dict[str, StoredTensor], folder: Path) -> None:
+    """Raise CheckpointError where file, config and model do not agree on whether there is a reward head."""
     saved = "score" in (fields.get("modules_to_save") or ())
     scores = {_SCORE in tensors, saved, fields.get("task_type") == "SEQ_CLS"}
     if len(scores) > 1 or model.config.reward and scores == {False}:
         raise CheckpointError(
             f"{folder} has no reward head (score), or its config says otherwise; give another adapter"
         )
-    config = replace(config, target_modules=_check_fit(model, tensors, config.rank, folder))
-    values = {name: tensor.read().float() for name, tensor in tensors.items()}
-    bad = [f"{name} holds a NaN or infinity" for name, value in values.items() if not all_finite(value)]
-    fail_listing(f"{folder} is from a run that diverged", bad)
-    for path, lora in add_lora(model, config).items():
-        lora.A.data.copy_(values[f"{_PREFIX}{path}.lora_A.weight"])
-        lora.B.data.copy_(values[f"{_PREFIX}{path}.lora_B.weight"])
-    if scores == {True}:
-        add_score_head(model)
-        model.score.weight.data.copy_(values[_SCORE])
-    return config
+
+
+def _beside(
+    model: Transformer, fields: dict[str, Any], layers: dict[str, LoRAConfig], tensors: dict[str, StoredTensor]
+) -> dict[str, str]:
+    """Return the parameters that the config says were trained beside the layers' adapters: our name -> the file's.
+
+    Embedding and head are saved without being named where a vocabulary has grown.
+    """
+    config, bias = model.config, fields.get("bias") or "none"
+    modules = [name for name in fields.get("modules_to_save") or () if name not in HEADS]
+    names = [name for name, _ in model.named_parameters() if ".lora." not in name and name != "score.weight"]
+    found = {}
+    for name in [*names, *([_HEAD] if config.tie_embeddings and not config.reward else [])]:
+        theirs, path = checkpoint_name(config, name), name.rpartition(".")[0]
+        is_bias = name.endswith(".bias") and (bias == "all" or bias == "lora_only" and path in layers)
+        grown = name in (_EMBEDDING, _HEAD) and f"{_PREFIX}{theirs}" in tensors
+        if is_bias and path in layers:
+            found[name] = f"{_PREFIX}{theirs.removesuffix('bias')}base_layer.bias"
+        elif is_bias or grown or within(theirs, modules):
+            found[name] = f"{_PREFIX}{theirs}"
+    shared = fields.get("ensure_weight_tying") and config.tie_embeddings
+    return found | ({_HEAD: f"{_PREFIX}{checkpoint_name(config, _HEAD)}"} if shared and _EMBEDDING in found else {})
+
+
+def _problems(model: Transformer, stored: StoredAdapter) -> list[str]:
+    """Return a line for each tensor that is missing, left over or misshapen."""
+    config, tensors = model.config, stored.tensors
+    expected = {_SCORE: (1, config.hidden_size)} if stored.reward else {}
+    for path, one in stored.layers.items():
+        out_features, in_features = linear_modules(model)[path].weight.shape
+        shapes = {"A": (one.rank, in_features), "B": (out_features, one.rank)}
+        shapes |= {"magnitude": (out_features,)} if one.dora else {}
+        expected |= {_file_name(config, path, part): shape for part, shape in shapes.items()}
+    own = dict(model.named_parameters())
+    rows = max([config.vocab_size, *(tensors[name].shape[0] for name in _tables(stored) if name in tensors)])
+    for name, theirs in stored.beside.items():
+        shape = tuple(own[_EMBEDDING if name == _HEAD and config.tie_embeddings else name].shape)
+        shape = (rows, *shape[1:]) if name in (_EMBEDDING, _HEAD) else shape
+        expected[theirs] = shape[::-1] if is_transposed(config, name) else shape
+    problems = misfits(expected, tensors)
+    tables = {_EMBEDDING} if config.tie_embeddings and _HEAD not in stored.beside else {_EMBEDDING, _HEAD}
+    if rows > config.vocab_size and not tables <= stored.beside.keys():
+        problems.append(f"its vocabulary has {rows} tokens instead of {config.vocab_size}, for embedding or head alone")
+    return problems
+
+
+def _tables(stored: StoredAdapter) -> list[str]:
+    return [stored.beside[name] for name in (_EMBEDDING, _HEAD) if name in stored.beside]
+
+
+def _file_name(config: ModelConfig, path: str, part: str) -> str:
+    """Return the file's name of a part ("A", "B", "magnitude") of the adapter of the layer at `path`."""
+    return f"{_PREFIX}{checkpoint_name(config, path)}.{_PARTS[part]}"
+
+
+@torch.no_grad()
+def _put_factors(added: dict[str, LoRA], values: dict[str, torch.Tensor], config: ModelConfig) -> None:
+    """Fill the adapters from the file's tensors."""
+    for path, lora in added.items():
+        for part, parameter in lora.named_parameters():
+            parameter.copy_(values[_file_name(config, path, part)])
+
+
+@torch.no_grad()
+def _put_beside(model: Transformer, stored: StoredAdapter, values: dict[str, torch.Tensor]) -> None:
+    """Put the base's parameters that the adapter brings in their places, and let them train."""
+    if _unties(model, stored):
+        untie_head(model)
+    if _tables(stored):
+        grow_vocabulary(model, max(len(values[name]) for name in _tables(stored)))
+    own = dict(model.named_parameters())
+    for name, theirs in stored.beside.items():
+        if name in own:
+            own[name].copy_(values[theirs].mT if is_transposed(model.config, name) else values[theirs])
+            own[name].requires_grad_(True)
+
+
+def _unties(model: Transformer, stored: StoredAdapter) -> bool:
+    """Tell whether a head that is tied to its embedding gets rows of its own.
+
+    As in PEFT: it does where one of the two, or each for itself, was trained; not where the config keeps them tied, or
+    the file has both only because the vocabulary grew.
+    """
+    named = any(within(name, stored.fields.get("modules_to_save") or ()) for name in _tables(stored))
+    return model.config.tie_embeddings and named and not stored.fields.get("ensure_weight_tying")
+
+
+def _check_tied(model: Transformer, stored: StoredAdapter, values: dict[str, torch.Tensor]) -> None:
+    """Raise CheckpointError where embedding and head are to be one table and the file has two that differ."""
+    if model.config.tie_embeddings and not _unties(model, stored) and _HEAD in stored.beside:
+        if not torch.equal(*(values[name] for name in _tables(stored))):
+            raise CheckpointError(f"{stored.folder}: embedding and head are tied in this model, and differ in the file")
 
 
 def adapter_quantization(folder: str | Path) -> QuantizationConfig | None:
@@ -112,116 +255,81 @@ def adapter_quantization(folder: str | Path) -> QuantizationConfig | None:
         raise CheckpointError(f"{path}: its record of the base's quantisation is damaged ({error})") from None
 
 
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Tell whether all is finite. The sum says so in a tenth of the time, unless it overflows."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+def save_adapter(
+    model: Transformer, folder: str | Path, base_name: str | None = None, *, tokenizer: Any | None = None
+) -> None:
+    """Write the model's adapters to `folder` as PEFT does; other files there stay.
 
-
-def save_adapter(model: Transformer, folder: str | Path, base_name: str | None = None) -> None:
-    """Write the model's adapters to `folder` as PEFT does, fp32; other files there stay.
+    What else of the model trains goes with them: biases, and other parameters as `modules_to_save`. After PiSSA's start
+    the adapter is written as plain LoRA of twice the rank, which is right on the base as it was.
 
     Args:
-        model: has adapters of one rank and scaling.
+        model: has adapters that one PEFT config can describe.
         folder: where to; made if missing.
         base_name: the base model's name or path, for the record.
+        tokenizer: written beside it where given, as it should be when tokens were added.
 
     Raises:
-        CheckpointError: the model has no adapter, or adapters that one config cannot describe.
+        CheckpointError: the model has no adapter, or adapters or trained biases that one config cannot describe.
     """
-    adapters = lora_modules(model)
-    shapes = {(lora.A.shape[0], lora.scaling, lora.dropout) for lora in adapters.values()}
-    if len(shapes) != 1:
-        raise CheckpointError("there is no adapter to save" if not shapes else f"adapters differ: {sorted(shapes)}")
-    rank, scaling, dropout = shapes.pop()
-    tensors = {}
+    adapters, config = lora_modules(model), model.config
+    if not adapters:
+        raise CheckpointError("there is no adapter to save")
+    tensors, settings = {}, {}
     for path, lora in adapters.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = lora.A
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = lora.B
-    if model.config.reward:
+        a, b = lora.factors()
+        parts = {"A": a, "B": b} | ({} if lora.magnitude is None else {"magnitude": lora.magnitude})
+        tensors |= {_file_name(config, path, part): tensor for part, tensor in parts.items()}
+        whole = {} if lora.A0 is None else {"rank": len(a), "alpha": lora.scaling * len(a), "rslora": False}
+        settings[checkpoint_name(config, path)] = dataclasses.replace(lora.config, **whole, target_modules=(path,))
+    beside, fields = _saved_beside(model, adapters)
+    tensors |= beside
+    if config.reward:
         tensors[_SCORE] = model.score.weight
-    fields = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if model.config.reward else "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": scaling * rank,
-        "lora_dropout": dropout,
-        "use_rslora": False,
-        "target_modules": _target_names(model, adapters),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": ["score"] if model.config.reward else None,
-    }
+        fields["modules_to_save"] = [*(fields["modules_to_save"] or []), "score"]
+    transposed = any(is_transposed(config, f"{path}.weight") for path in adapters)
+    fields |= write_fields(settings, _target_names(model, settings), config, transposed=transposed)
     folder = Path(folder)
     quantized = next(iter(quantized_weights(model).values()), None)
     base = {} if quantized is None else {_BASE: json.dumps(dataclasses.asdict(configuration(quantized)))}
     with atomic_file(folder / WEIGHTS) as temporary:
         write_tensors(temporary, tensors, base)
     with atomic_file(folder / CONFIG) as temporary:
-        write_json(temporary, fields)
+        write_json(temporary, {"base_model_name_or_path": base_name, **fields})
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        write_json(folder / "generation_config.json", {"eos_token_id": list(tokenizer.end_ids)})
 
 
-def check_fit(what: str, expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Any]) -> None:
-    """Raise CheckpointError listing every tensor that is missing, left over, of another shape or no float."""
-    fail_listing(what, misfits(expected, tensors))
+def _saved_beside(model: Transformer, adapters: dict[str, LoRA]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors of what trains beside the adapters by the file's names, and the fields that say so."""
+    config, own = model.config, {n: p for n, p in model.named_parameters() if ".lora." not in n and n != "score.weight"}
+    trained = [name for name, parameter in own.items() if parameter.requires_grad]
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained if not name.endswith(".bias")))
+    loose = {name for name in trained if name.rpartition(".")[0] not in modules}  # biases without their weight
+    biases = {name for name in own if name.endswith(".bias")}
+    adapted = {f"{path}.bias" for path in adapters} & biases
+    bias = "none" if not loose else "all" if loose == biases else "lora_only" if loose == adapted else None
+    if bias is None:
+        raise CheckpointError("some biases train and some do not; an adapter keeps all, those of its layers, or none")
+    names = [name for name in own if name in loose or name.rpartition(".")[0] in modules]
+    tensors = {}
+    for name in names:
+        theirs, tensor = checkpoint_name(config, name), own[name]
+        theirs = theirs.removesuffix("bias") + "base_layer.bias" if name in loose & adapted else theirs
+        tensors[f"{_PREFIX}{theirs}"] = tensor.mT.contiguous() if is_transposed(config, name) else tensor
+    tied = config.tie_embeddings and _EMBEDDING in names and not config.reward
+    if tied:  # PEFT writes the head, too, and wants it
+        tensors[f"{_PREFIX}{checkpoint_name(config, _HEAD)}"] = own[_EMBEDDING].detach().clone()
+        modules.append(_HEAD.removesuffix(".weight"))
+    saved = [checkpoint_name(config, path) for path in modules]
+    short = [name.rsplit(".", 1)[-1] if len(name.split(".")) == 2 else name for name in saved]  # embed_tokens
+    return tensors, {"bias": bias, "modules_to_save": short or None, "ensure_weight_tying": tied}
 
 
-def misfits(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Any]) -> list[str]:
-    """Return a line for every tensor that is missing, left over, of another shape or no float."""
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in expected:
-            problems.append(f"{name} is not part of this model")
-        elif tuple(tensor.shape) != tuple(expected[name]):
-            problems.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name])}")
-        elif not tensor.dtype.is_floating_point:
-            problems.append(f"{name} is stored as {tensor.dtype}, which weights cannot be")
-    return problems
-
-
-def fail_listing(what: str, problems: list[str]) -> None:
-    """Raise CheckpointError naming every problem, the first few in full; return where there is none."""
-    if problems:
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise CheckpointError(f"{what}: {'; '.join(problems[:_LISTED])}{more}")
-
-
-def _check_fields(fields: dict[str, Any], where: Path) -> None:
-    """Raise CheckpointError for a field that changes the result in a way not implemented here."""
-    if not isinstance(fields.get("r"), int):
-        raise CheckpointError(f"{where}: r is {fields.get('r')!r}; it must be a whole number")
-    problems = []
-    for name, value in {"peft_type": None, **fields}.items():
-        neutral = value in (None, False, "none", "", 0) or value == {} or value == []
-        if name in _ALLOWED and value not in _ALLOWED[name]:
-            known = ", ".join(str(one) for one in _ALLOWED[name] if one)
-            remedy = _PLAIN if name == "init_lora_weights" else ""
-            problems.append(f"{name} {value!r} is not supported; supported: {known}{remedy}")
-        elif not neutral and name not in _USED | _INERT | _ALLOWED.keys():
-            problems.append(f"{name} = {value!r} is not implemented")
-    fail_listing(str(where), problems)
-
-
-def _check_fit(model: Transformer, tensors: dict[str, StoredTensor], rank: int, folder: Path) -> tuple[str, ...]:
-    """Return the paths of the adapted modules; CheckpointError listing every tensor that does not fit."""
-    layers, expected = linear_modules(model), {_SCORE: (1, model.config.hidden_size)} if _SCORE in tensors else {}
-    found = (re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_[AB]\.weight", name) for name in tensors)
-    paths = tuple(dict.fromkeys(match[1] for match in found if match and match[1] in layers))
-    for path in paths:
-        out_features, in_features = layers[path].weight.shape
-        expected[f"{_PREFIX}{path}.lora_A.weight"] = (rank, in_features)
-        expected[f"{_PREFIX}{path}.lora_B.weight"] = (out_features, rank)
-    what = f"{folder} is not an adapter of this model"
-    check_fit(what, expected, tensors)
-    if not paths:
-        raise CheckpointError(f"{what}: it holds no tensors of one")
-    return paths
-
-
-def _target_names(model: Transformer, adapters: dict[str, Any]) -> list[str]:
+def _target_names(model: Transformer, adapted: dict[str, Any]) -> list[str]:
     """Return short names ("q_proj") where they select exactly the adapted modules, else full paths."""
-    short = {path.rsplit(".", 1)[-1] for path in adapters}
-    selected = {path for path in linear_modules(model) if path.rsplit(".", 1)[-1] in short}
-    return sorted(short if selected == set(adapters) else adapters)
+    names = {checkpoint_name(model.config, path) for path in linear_modules(model)}
+    short = {name.rsplit(".", 1)[-1] for name in adapted}
+    selected = {name for name in names if name.rsplit(".", 1)[-1] in short}
+    return sorted(short if selected == set(adapted) else adapted)
