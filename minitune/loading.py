@@ -33,7 +33,7 @@ class ModelOptions:
         from minitune.ops.backend import set_backend
 
         set_backend(self.backend)
-        tokenizer = load_tokenizer(self.model)
+        tokenizer = load_tokenizer(self.model, adapter=self.adapter)
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         model = load_model(self.model, dtype=dtype, device=device, adapter=self.adapter, quantize=self.quantize)

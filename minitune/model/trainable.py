@@ -1,6 +1,7 @@
 """Which parameters train: all, the adapters, the last layers, or those whose name matches a pattern."""
 
 import re
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -31,6 +32,23 @@ def train_last_layers(model: nn.Module, count: int) -> dict[str, nn.Parameter]:
     for module in (*layers[len(layers) - count :], model.model.norm):
         module.requires_grad_(True)
     return trainable_parameters(model)
+
+
+def train_whole(model: nn.Module, modules: Iterable[str]) -> None:
+    """Let every parameter of the modules of these names train too, beside what trains already.
+
+    Raises:
+        ConfigError: there is no such module, it has no weights (a tied head, one in 4 bits), or an adapter.
+    """
+    for name in modules:
+        found = [module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")]
+        own = [parameter for module in found for parameter in module.named_parameters()]
+        if not own:
+            raise ConfigError(f"lora.modules_to_save: no module {name!r} has weights of its own that could train")
+        if any(".lora." in f".{inner}" for inner, _ in own):
+            raise ConfigError(f"lora.modules_to_save: {name!r} has an adapter; leave it out of lora.target_modules")
+        for _, parameter in own:
+            parameter.requires_grad_(True)
 
 
 def train_matching(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:

@@ -58,6 +58,12 @@ class Encoder:
         self._byte_fallback = "ByteFallback" in kinds
         self._known_pieces: dict[int, bytes] = {}
 
+    def with_tokens(self, tokens: list[str]) -> "Encoder":
+        """Return a copy that has `tokens` too, found whole in text wherever they stand."""
+        copy = Tokenizer.from_str(self._tokenizer.to_str())
+        copy.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+        return Encoder(copy, self.origin)
+
     @cached_property
     def added(self) -> dict[str, tuple[int, AddedToken]]:
         """Token -> (id, flags) of those that are matched in text as a whole."""

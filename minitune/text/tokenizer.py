@@ -78,6 +78,19 @@ class Tokenizer:
         source = settings.get("chat_template")
         self.chat_template = ChatTemplate(source, self.origin) if source else None
 
+    def with_tokens(self, tokens: Iterable[str]) -> "Tokenizer":
+        """Return a copy with more tokens, after those it has. They are text, not control: what writes them means them.
+
+        Raises ConfigError for one that is empty, white space, given twice, or there already.
+        """
+        tokens = list(tokens)
+        for number, token in enumerate(tokens):
+            known = self._encoder.find(token) is not None or token in tokens[:number]
+            if known or not token.strip():
+                why = "is there already" if known else "is empty"
+                raise ConfigError(f"the new token {token!r} {why}; leave it out")
+        return Tokenizer(self._encoder.with_tokens(tokens), self.settings, self._named_ends)
+
     def check_fits(self, embeddings: int) -> None:
         """Raise CheckpointError where an id has no row in a model's embedding of so many; spare rows are usual."""
         if self.vocab_size > embeddings:

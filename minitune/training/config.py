@@ -14,7 +14,8 @@ from typing import Any, Literal
 from minitune.data.corpus import Source
 from minitune.data.examples import TrainOn, Truncate
 from minitune.errors import ConfigError, check_seed
-from minitune.model.config import LoRAConfig, QuantizationConfig
+from minitune.model.lora_config import LoRAConfig
+from minitune.ops.quantization import QuantizationConfig
 
 ADAPTER_METHODS = ("lora", "qlora")
 METHOD_OPTIONS = {  # each belongs to these methods
@@ -71,6 +72,12 @@ class LoRAOptions:
     """Linear layers to adapt, as [q_proj,v_proj], or all-linear (default)."""
     rslora: bool | None = None
     """Scale by alpha / sqrt(rank) instead (default false)."""
+    dora: bool | None = None
+    """DoRA: train magnitudes apart from directions (default false); slower, and better at low ranks."""
+    init: str | None = None
+    """Start from nothing (kaiming, default) or from the principal components (pissa, or pissa_niter_16, faster)."""
+    modules_to_save: tuple[str, ...] | str | None = None
+    """Modules trained whole and saved with the adapters, as [embed_tokens,lm_head] (default none)."""
     plus_ratio: float | None = None
     """LoRA+: the learning rate of B is this many times that of A (default 1; 16 is usual)."""
 
@@ -78,12 +85,13 @@ class LoRAOptions:
         """Return a copy with the defaults filled in."""
         rank = LoRAConfig.rank if self.rank is None else self.rank
         defaults = dataclasses.asdict(LoRAConfig()) | {"rank": rank, "alpha": 2.0 * rank, "plus_ratio": 1.0}
+        defaults["modules_to_save"] = ()
         return LoRAOptions(**_filled(self, defaults))
 
     def adapter(self) -> LoRAConfig:
         """Return what the model needs to know, checked."""
         values = dataclasses.asdict(self.resolved())
-        del values["plus_ratio"]
+        del values["plus_ratio"], values["modules_to_save"]
         return LoRAConfig(**values)
 
     def __post_init__(self):
@@ -268,6 +276,8 @@ class TrainConfig:
     """Base model: a fetched model's name, a Hugging Face folder or a GGUF file."""
     adapter: str | None = None
     """Start from this PEFT adapter folder instead of a fresh one (methods lora and qlora)."""
+    new_tokens: tuple[str, ...] | str = ()
+    """Tokens to add, as [<tool>,</tool>]; only their rows of embedding and head train (all, in method full)."""
     output: str = "runs/train"
     """The run folder."""
     validation: Sources = None
@@ -353,6 +363,12 @@ class TrainConfig:
         if self.adapter is not None and own != LoRAOptions():
             name = next(name for name, value in dataclasses.asdict(own).items() if value is not None)
             raise ConfigError(f"lora.{name} is set but adapter {self.adapter} brings its own; leave out one of them")
+        if self.new_tokens and self.method not in (*ADAPTER_METHODS, "full"):
+            raise ConfigError(f"new_tokens is set but method {self.method} would never train them; use lora or full")
+        if self.new_tokens and self.lora.modules_to_save:
+            raise ConfigError(
+                "new_tokens trains their rows alone and lora.modules_to_save whole modules; leave one out"
+            )
         for name in ("every_steps", "patience"):
             if self.validation_fraction == 0 and getattr(self.evaluation, name) is not None:
                 raise ConfigError(f"evaluation.{name} is set but validation_fraction 0 leaves nothing to evaluate")
@@ -382,13 +398,17 @@ class TrainConfig:
     @property
     def precomputes(self) -> bool:
         """Whether the reference's log-probabilities are made before training, since it is gone later or by choice."""
-        gone = self.method not in ADAPTER_METHODS or self.adapter is not None
-        return self.objective in REFERENCED and (gone or bool(self.preference.precompute))
+        return self.objective in REFERENCED and (self.changes_base or bool(self.preference.precompute))
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the reference is gone once training has begun: it is more than the base with the adapter off."""
+        beside = bool(self.new_tokens or self.lora.modules_to_save)
+        return self.method not in ADAPTER_METHODS or self.adapter is not None or beside
 
     def _check_objective(self) -> None:
         """Refuse options that the objective ignores or cannot do with."""
-        gone = self.method not in ADAPTER_METHODS or self.adapter is not None
-        self.preference.check(self.objective, gone and self.objective in REFERENCED)
+        self.preference.check(self.objective, self.changes_base and self.objective in REFERENCED)
         if self.objective != "sft":
             _require(self.train_on == "all", "train_on", self.train_on, "left out: what follows the prompt is compared")
             _require(self.truncate != "split", "truncate", "split", "prompt or drop: answers are not split")

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,15 @@ from torch import nn
 
 from minitune.checkpoint.adapter import load_adapter, save_adapter
 from minitune.checkpoint.huggingface import save_model
-from minitune.checkpoint.load import load_model, load_tokenizer
+from minitune.checkpoint.load import has_tokenizer, load_model, load_tokenizer
 from minitune.data.corpus import Corpus, Encoding, Stream, load_corpus
 from minitune.device import choose_device, choose_dtype
 from minitune.errors import ConfigError, counted
 from minitune.files import sole_writer
 from minitune.model.lora import adapter_disabled, add_lora, quantized_weights
-from minitune.model.trainable import train_all, train_last_layers, train_matching, trainable_parameters
+from minitune.model.trainable import train_all, train_last_layers, train_matching, train_whole, trainable_parameters
 from minitune.model.transformer import Transformer, add_score_head
+from minitune.model.vocabulary import add_rows, train_rows
 from minitune.ops.backend import set_backend
 from minitune.reporting import watch
 from minitune.reporting.folder import check_folder, environment, write_run_files
@@ -80,15 +81,16 @@ def train(config: TrainConfig) -> TrainResult:
     folder = Path(config.output)
     check_folder(folder, resume=config.resume, overwrite=config.overwrite)
     device, dtype = _set_up(config)
-    tokenizer = load_tokenizer(config.model)
+    known = load_tokenizer(config.model, adapter=config.adapter)
+    tokenizer = known.with_tokens(_names(config.new_tokens))
     stream = _load_data(config, tokenizer)
     corpus = stream.corpus
     model = _load_model(config, dtype, device)
-    tokenizer.check_fits(model.config.vocab_size)
     _check_lengths(corpus, model.config.max_positions)
     base = state.base_fingerprint(model)
     torch.manual_seed(config.seed)
-    parameters = choose_parameters(model, config)
+    parameters = choose_parameters(model, config, range(known.vocab_size, tokenizer.vocab_size))
+    tokenizer.check_fits(model.config.vocab_size)
     if config.precomputes:
         stream = _with_reference(model, stream, config, base)
     ratio = config.lora.plus_ratio or 1.0
@@ -167,8 +169,10 @@ def _sampler(model: Transformer, tokenizer: Any, corpus: Corpus, config: TrainCo
     return lambda: answer_samples(model, tokenizer, prompts, length)
 
 
-def choose_parameters(model: Transformer, config: TrainConfig) -> dict[str, nn.Parameter]:
+def choose_parameters(model: Transformer, config: TrainConfig, new_ids: Sequence[int] = ()) -> dict[str, nn.Parameter]:
     """Make the method's parameters trainable, add adapters where it has them; returns them by name.
+
+    `new_ids` are those of tokens that the model has no rows for yet.
 
     Raises ConfigError where the base is stored in 4 bits, which have no gradient, and the method is not qlora.
     """
@@ -180,22 +184,31 @@ def choose_parameters(model: Transformer, config: TrainConfig) -> dict[str, nn.P
     if reward and not model.config.reward and config.adapter is None:
         add_score_head(model, config.seed)
     if config.method == "full":
-        return train_all(model)
-    if config.method == "last_layers":
+        train_all(model)
+    elif config.method == "last_layers":
         train_last_layers(model, config.last_layers)
     elif config.method == "pattern":
         train_matching(model, config.pattern)
     elif config.adapter is None:
         add_lora(model, config.lora.adapter(), seed=config.seed)
+        train_whole(model, _names(config.lora.modules_to_save))
     else:
-        load_adapter(model, config.adapter)
-        train_matching(model, r"\.lora\.")
+        load_adapter(model, config.adapter, config.model)
+    if new_ids:
+        add_rows(model, new_ids, seed=config.seed)
+        if config.method != "full":
+            train_rows(model, new_ids)
     if model.config.reward != reward:
         kind = "a reward model's" if model.config.reward else "a language model's"
         raise ConfigError(f"{config.adapter} is {kind} adapter, not one for objective {config.objective}; leave it out")
     if reward:
         model.score.requires_grad_(True)
     return trainable_parameters(model)
+
+
+def _names(names: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    """Return an option's names, of which one may stand alone."""
+    return (names,) if isinstance(names, str) else names or ()
 
 
 def _objective(config: TrainConfig, model: Transformer) -> tuple[Objective, float]:
@@ -209,7 +222,9 @@ def _objective(config: TrainConfig, model: Transformer) -> tuple[Objective, floa
 
 def _with_reference(model: Transformer, stream: Stream, config: TrainConfig, base: str) -> Stream:
     """Return the stream with the reference's log-probabilities, which are the model's as it is, a fresh adapter off."""
-    fresh = config.method in ADAPTER_METHODS and config.adapter is None
+    fresh = (
+        config.method in ADAPTER_METHODS and config.adapter is None
+    )  # its rows for new tokens are the reference's too
     base = base if config.adapter is None else state.base_fingerprint(model)  # a loaded adapter is a part of it
     with adapter_disabled(model) if fresh else contextlib.nullcontext():
         corpus, place = with_reference(
@@ -273,7 +288,8 @@ def _export(job: Job, tokenizer: Any, folder: Path) -> Path:
     if job.progress.best_step is not None:
         state.load_best(job.checkpoints, job.parameters, job.progress.best_step)
     if job.config.method in ADAPTER_METHODS:
-        save_adapter(job.model, folder / "adapter", job.config.model)
+        grown = bool(job.config.new_tokens) or job.config.adapter is not None and has_tokenizer(job.config.adapter)
+        save_adapter(job.model, folder / "adapter", job.config.model, tokenizer=tokenizer if grown else None)
         return folder / "adapter"
     save_model(job.model, tokenizer, folder / "model", overwrite=True)
     return folder / "model"
