@@ -241,10 +241,10 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens:
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {row + 1} has no tokens; give it some text")
-        if len(prompt) + max_new_tokens > config.max_positions:
+        if len(prompt) + max_new_tokens > config.longest:
             raise DataError(
                 f"prompt {row + 1} has {len(prompt)} tokens and {max_new_tokens} new ones may follow, but the model "
-                f"reads at most {config.max_positions}; shorten the prompt or lower max_new_tokens"
+                f"reads at most {config.longest}; shorten the prompt or lower max_new_tokens"
             )
 
 
@@ -264,7 +264,7 @@ def _generate_batch(
     padded = len(set(lengths.tolist())) > 1
     for step in range(max_new_tokens):
         (logits,) = projections(hidden[:, -1], [head], [None], [None])  # (B, V)
-        tokens = next_tokens(logits, sampling, seen, uniforms[:, step])
+        tokens = next_tokens(model.capped(logits), sampling, seen, uniforms[:, step])
         going = [i for i, token in enumerate(tokens.tolist()) if accept(rows[i], token)]
         if not going or step + 1 == max_new_tokens:
             return
@@ -289,7 +289,8 @@ def _read_prompts(
     cache = KVCache(model.config, len(prompts), width + max_new_tokens, dtype, device)
     # At least one token of every prompt is read here, so that each row has a last hidden state.
     prefix = os.path.commonprefix([list(prompt[:-1]) for prompt in prompts])
-    start = len(prefix) if len(prompts) > 1 and len(prefix) >= SHARED_PREFIX else 0
+    share = len(prompts) > 1 and len(prefix) >= SHARED_PREFIX and not model.config.by_length
+    start = len(prefix) if share else 0
     if start:
         _fill_shared(model, prefix, pads, cache)
     places = positions[:, start:] if bool(pads.any()) or start else None

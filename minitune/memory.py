@@ -176,11 +176,15 @@ def _widths(config: ModelConfig) -> tuple[int, int, int, int]:
 def _layer(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return the bytes a token a layer keeps: both residuals, q, k, v, o_proj's input, gate, up, two norms' numbers.
 
-    Torch's own attention, in other dtypes than bf16, also keeps its output, laid out otherwise, and a number a head.
+    Norms of q and k, and after attention and MLP, keep their inputs too. Torch's own attention, in other dtypes than
+    bf16 and without soft-cap, also keeps its output, laid out otherwise, and a number a head.
     """
     D, F, queries, keys = _widths(config)
-    own = 0 if dtype == torch.bfloat16 else queries * dtype.itemsize + 4 * config.num_heads
-    return 2 * (D + queries + keys + F) * dtype.itemsize + 2 * 4 + own
+    blocked = dtype == torch.bfloat16 or config.attention_softcap is not None
+    own = 0 if blocked else queries * dtype.itemsize + 4 * config.num_heads
+    normed = (queries + keys if config.qk_norm != "none" else 0) + (2 * D if config.norm_placement != "before" else 0)
+    inner = 2 * F if config.gated else F
+    return (2 * (D + queries + keys) + inner + normed) * dtype.itemsize + 2 * 4 + own
 
 
 def _adapters(adapters: dict[str, LoRA], dtype: torch.dtype) -> int:
@@ -199,7 +203,7 @@ def _outside(config: ModelConfig, dtype: torch.dtype, full: bool) -> int:
 def _decode_room(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return the bytes of the largest weights that are decoded together: gate and up, or q, k and v."""
     D, F, queries, keys = _widths(config)
-    return D * max(2 * F, queries + 2 * keys) * dtype.itemsize
+    return D * max(2 * F if config.gated else F, queries + 2 * keys) * dtype.itemsize
 
 
 def _logits(config: ModelConfig, dtype: torch.dtype, tokens: int, full: bool) -> int:
@@ -215,6 +219,6 @@ def _layer_room(config: ModelConfig, dtype: torch.dtype, batch_size: int, length
     D, F, queries, keys = _widths(config)
     tokens, block = batch_size * length, min(BLOCK, length)
     unit, attention = tokens * (3 * F - D), tokens * 2 * (queries + keys - F - D)
-    if dtype == torch.bfloat16:  # four tensors of a block's scores, and one of the block before
-        attention += batch_size * config.num_heads * block * (4 * length + length - block)
+    if dtype == torch.bfloat16:  # three tensors of a block's scores, copies of its queries and of their gradients
+        attention += batch_size * config.num_heads * block * (3 * length + 2 * config.head_dim)
     return max(unit, attention) * dtype.itemsize

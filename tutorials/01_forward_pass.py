@@ -25,6 +25,7 @@ import torch
 
 import minitune
 from minitune.model.cache import KVCache
+from minitune.model.transformer import Context
 from minitune.ops.attention import Visibility, attention
 from minitune.ops.rope import apply_rope, rope_tables
 from minitune.sources import fetch
@@ -194,7 +195,7 @@ long distances.
 
 # %%
 print("== 5. Rope")
-theta = config.rope_theta
+theta = config.rope.theta
 position, pair = T - 1, 0  # the last token, its fastest pair
 a, b = q[0, position, 0, pair].item(), q[0, position, 0, pair + d // 2].item()
 angle = position * theta ** (-2 * pair / d)
@@ -349,8 +350,8 @@ heads = mix.transpose(1, 2).reshape(B, T, H * d)  # (B, H, T, d) -> (B, T, H d)
 show("heads", heads, "B T H*d")
 out = linear(heads, attn.o_proj)
 show("attention out", out, "B T D")
-rope = rope_tables(positions[None], d, theta)
-check("the whole attention", out, attn(engine_x, rope, Visibility(None, causal=True), None))
+context = Context.of(config, None, positions[None], 0)  # the tables and the mask, which all layers share
+check("the whole attention", out, attn(engine_x, context, None))
 assert H * d == 576
 
 # %% [markdown]
@@ -398,7 +399,7 @@ show("mlp out", out, "B T D")
 check("the whole mlp", out, layer.mlp(x.float()))
 h = h + out
 show("h", h, "B T D")
-engine_h = layer(model.model.embed_tokens(ids), rope, Visibility(None, causal=True), None)
+engine_h = layer(model.model.embed_tokens(ids), context, None)
 check("the whole layer", h, engine_h)
 
 # %% [markdown]
@@ -428,7 +429,7 @@ def layer_by_hand(h, layer):
 
 for module in model.model.layers[1:]:
     h = layer_by_hand(h, module)
-    engine_h = module(engine_h, rope, Visibility(None, causal=True), None)
+    engine_h = module(engine_h, context, None)
 show("h", h, "B T D")
 check("all layers", h, engine_h)
 assert L == len(model.model.layers) == 30 and len(model.model.layers[1:]) == 29

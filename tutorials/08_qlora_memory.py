@@ -32,6 +32,7 @@ from minitune.losses.sft import sft_loss
 from minitune.memory import ledger
 from minitune.model.config import LoRAConfig, ModelConfig
 from minitune.model.lora import add_lora, linear_modules, quantized_weights
+from minitune.model.rope import Rope
 from minitune.model.trainable import train_all, trainable_parameters
 from minitune.ops.nf4 import quantize
 from minitune.sources import fetch
@@ -356,7 +357,7 @@ MB for its logits, whatever the number of tokens, and the rest is nearly the sam
 # %%
 print("== 6. The same for 8 billion")
 llama = ModelConfig(vocab_size=128_256, hidden_size=4_096, intermediate_size=14_336, num_layers=32, num_heads=32,
-                    num_kv_heads=8, head_dim=128, rope_theta=500_000.0)  # fmt: skip
+                    num_kv_heads=8, head_dim=128, rope=Rope(500_000.0))  # fmt: skip
 assert (llama.intermediate_size, llama.head_dim, llama.num_heads * llama.head_dim) == (14_336, 128, llama.hidden_size)
 assert 1_000_000 * 1_000 == 1e9 and 256 << 20 == 268_435_456 and round(268_435_456 / 1e6) == 268
 large = {

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from minitune.checkpoint.adapter import adapter_quantization, all_finite, check_fit, load_adapter
+from minitune.checkpoint.adapter import adapter_quantization, all_finite, fail_listing, load_adapter, misfits
 from minitune.checkpoint.huggingface import open_folder, refuse_pickle, save_model
 from minitune.checkpoint.prequantized import StoredQuantized, check_settings, configuration, group, kept_folder
 from minitune.device import as_dtype
@@ -26,12 +26,14 @@ from minitune.errors import CheckpointError, ConfigError
 from minitune.files import read_json
 from minitune.model.config import ModelConfig, QuantizationConfig
 from minitune.model.linear import Linear
+from minitune.model.names import checkpoint_name, is_transposed, own_name
 from minitune.model.transformer import Transformer
 from minitune.ops.nf4 import quantize as quantize_weight
 from minitune.sources import resolve
 
 _THREADS = 4
-_IGNORED = (".rotary_emb.inv_freq",)  # a table that old checkpoints store; it follows from the config
+# Tables and masks that old checkpoints store; they follow from the config.
+_IGNORED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
 class Stored(Protocol):
@@ -90,7 +92,7 @@ def load_model(
         if kept:
             _keep(model, kept)
     if adapter is not None:
-        load_adapter(model, resolve(adapter))
+        load_adapter(model, resolve(adapter), str(name_or_path))
     return model.eval()
 
 
@@ -115,8 +117,9 @@ def _build(path, fields, tensors, dtype, device, quantize: QuantizationConfig | 
     """Return the model with all its weights read, in `dtype`, quantised where that is asked for."""
     in_four_bits = fields.pop("quantization_config", None)
     config = ModelConfig.from_hf(fields, where=str(path))
+    tensors = own_tensors(config, tensors)
     head = tensors.pop("lm_head.weight", None) if config.tie_embeddings else None
-    check_fit(f"{path} does not fit its own config", expected_shapes(config, tensors, path), needed(tensors))
+    fail_listing(f"{path} does not fit its own config", tensor_problems(config, tensors, path))
     sparse = bool(quantize or in_four_bits)  # then each weight gets its memory when it is read
     model = Transformer(config, dtype=dtype, device="meta" if sparse else device, init=False)
     places = model.state_dict()
@@ -160,11 +163,18 @@ def _put(model, name: str, stored, dtype, device, quantize: QuantizationConfig |
     module.replace_weight(dataclasses.replace(weight, dtype=dtype))
 
 
-def load_tokenizer(name_or_path: str | Path) -> Any:
-    """Return the tokenizer of a fetched name, a folder or a .gguf file; errors as `minitune.text` raises them."""
+def load_tokenizer(name_or_path: str | Path, *, adapter: str | Path | None = None) -> Any:
+    """Return the tokenizer of a fetched name, a folder or a .gguf file; errors as `minitune.text` raises them.
+
+    That of `adapter` takes its place where it has more tokens: they were added in its training.
+    """
     from minitune.text.tokenizer import load_tokenizer as load  # jinja2 and tokenizers: not needed for weights
 
-    return load(_gguf_file(resolve(name_or_path)))
+    tokenizer = load(_gguf_file(resolve(name_or_path)))
+    if adapter is not None and has_tokenizer(adapter):
+        theirs = load(resolve(adapter))
+        return theirs if theirs.vocab_size > tokenizer.vocab_size else tokenizer
+    return tokenizer
 
 
 def has_tokenizer(name_or_path: str | Path) -> bool:
@@ -218,20 +228,54 @@ def _stored_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
     return as_dtype(counts.most_common(1)[0][0])
 
 
-def expected_shapes(config: ModelConfig, tensors: Mapping[str, Stored], path: Path) -> dict[str, torch.Size]:
-    """Return the shapes of a model's tensors by name; CheckpointError for sizes that cannot be those of `tensors`."""
+def own_tensors(config: ModelConfig, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Return a file's tensors by our names and as (out, in), without those that follow from the config."""
+    own = {}
+    for theirs, tensor in tensors.items():
+        name = own_name(config, theirs)
+        # A GGUF file has our names and our orientation, and what is quantised always has the latter.
+        turned = name != theirs and is_transposed(config, name) and not isinstance(tensor, StoredQuantized)
+        if not theirs.endswith(_IGNORED):
+            own[name] = Transposed(tensor) if turned else tensor
+    return own
+
+
+def tensor_problems(config: ModelConfig, tensors: Mapping[str, Stored], path: Path) -> list[str]:
+    """Return a line for each misfit between what a model needs and `tensors` (as `own_tensors`), by the file's names.
+
+    CheckpointError for sizes of the config that cannot be those of any tensors.
+    """
     if config.num_layers > len(tensors):  # before a model of that many layers is built
         raise CheckpointError(f"{path}: {config.num_layers:,} layers are claimed, but there are {len(tensors)} tensors")
     try:
         model = Transformer(config, device="meta", init=False)
     except (RuntimeError, TypeError, OverflowError) as error:  # torch's, for sizes that overflow
         raise CheckpointError(f"{path}: the config's sizes are impossible ({str(error).splitlines()[0]})") from None
-    return {name: parameter.shape for name, parameter in model.state_dict().items()}
+    expected = {checkpoint_name(config, name): parameter.shape for name, parameter in model.state_dict().items()}
+    return misfits(expected, {checkpoint_name(config, name): tensor for name, tensor in tensors.items()})
 
 
-def needed(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Return the tensors without those that follow from the config."""
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(_IGNORED)}
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """A matrix that its file holds the other way round."""
+
+    stored: Stored
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored."""
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what `read_into` fills."""
+        return tuple(self.stored.shape[::-1])
+
+    def read_into(self, destination: torch.Tensor) -> None:
+        """Fill `destination`, of `shape`."""
+        room = torch.empty(self.stored.shape, dtype=destination.dtype, device=destination.device)
+        self.stored.read_into(room)
+        destination.detach().copy_(room.mT)
 
 
 def _fill(stored: Stored, place: torch.Tensor, where: str) -> None:

@@ -67,7 +67,7 @@ def rank(
         comparisons.append(Example(tuple(ids), (), f"prompt {row + 1}, answers {first + 1} and {second + 1}"))
     head = model.head_weight[list(letters)]  # (2, D): all but these two logits cancel in d
     hidden = last_hidden(model, comparisons, batch_size, "judge")
-    logits = F.linear(hidden.float(), head.float())
+    logits = model.capped(F.linear(hidden.float(), head.float()))
     differences: list[dict] = [{} for _ in answers]
     for (row, first, second), difference in zip(asked, (logits[:, 0] - logits[:, 1]).tolist(), strict=True):
         differences[row][first, second] = difference

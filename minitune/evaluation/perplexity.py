@@ -126,5 +126,7 @@ def _score(model: Transformer, ids: list[int], batch: list[tuple[int, int, int]]
     targets = torch.tensor([ids[start + 1 : end + 1] for start, end, _ in batch], device=device)
     places = torch.tensor([range(start, end) for start, end, _ in batch], device=device)
     scored = places >= torch.tensor([[first] for _, _, first in batch], device=device)
-    losses = linear_cross_entropy(model.hidden(inputs)[scored], model.head_weight, targets[scored])
+    losses = linear_cross_entropy(
+        model.hidden(inputs)[scored], model.head_weight, targets[scored], softcap=model.config.logits_softcap
+    )
     return losses.double().sum().item(), len(losses)

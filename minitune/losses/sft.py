@@ -10,14 +10,17 @@ import torch
 from minitune.ops.cross_entropy import linear_cross_entropy
 
 
-def sft_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+def sft_loss(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, softcap: float | None = None
+) -> tuple[torch.Tensor, int]:
     """Return (summed loss in nats, number of target tokens).
 
     Args:
         hidden: (B, T, D) final hidden states.
         head: (V, D).
         targets: (B, T) int64, the token to predict at each position, -100 where there is none.
+        softcap: what logits are bent to stay within (Gemma 2); None: they are not.
     """
     chosen = targets >= 0
-    losses = linear_cross_entropy(hidden[chosen], head, targets[chosen])
+    losses = linear_cross_entropy(hidden[chosen], head, targets[chosen], softcap=softcap)
     return losses.sum(), len(losses)

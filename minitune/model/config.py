@@ -1,197 +1,167 @@
-"""The values that make a family: one frozen record, parsed strictly.
+"""The values that make a model: one frozen record, the same for every family.
 
-A family is not code here but values (widths, heads, rope base, tied head). A field of `config.json` is
-used, known to change nothing, allowed at one value only, or an error: the alternative, ignoring what one
-does not know, is how a model loads without complaint and answers wrongly.
+A family is not code here but values: where norms stand, what attention's scores are multiplied by, which layers see a
+window. `families.py` reads them from a `config.json` and writes them back. The alternative, a class for each family,
+repeats the same hundred lines with a difference that nobody sees.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from minitune.errors import ConfigError, nearest
+from minitune.errors import ConfigError
 from minitune.model.lora_config import LoRAConfig as LoRAConfig  # beside the others, for users
-from minitune.ops.quantization import QuantizationConfig as QuantizationConfig  # beside the others, for users
+from minitune.model.rope import Rope
+from minitune.ops.quantization import QuantizationConfig as QuantizationConfig  # likewise
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM"}
-REWARD_ARCHITECTURES = {"llama": "LlamaForSequenceClassification"}
-
-# config.json field -> our field, for fields that are used as they stand.
-_USED = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tie_embeddings",
-    "max_position_embeddings": "max_positions",
-    "bos_token_id": "bos_id",
-    "pad_token_id": "pad_id",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
-    "initializer_range": "initializer_range",
-}
-_HANDLED = {"model_type", "architectures", "eos_token_id", "rope_theta", "rope_parameters", "rope_scaling"}
-# Fields that can have one value only, because another one would change the computation.
-_FIXED = {
-    "hidden_act": ("silu",),
-    "pretraining_tp": (1,),
-    "attention_dropout": (0, 0.0),
-    "rope_interleaved": (False,),
-    "is_llama_config": (True, None),
-    "is_encoder_decoder": (False,),
-    "quantization_config": (None,),
-    "use_sliding_window": (False,),
-    "sliding_window": (None,),
-}
-# Fields that describe how the file was made or how other software runs it; no value changes a logit.
-_INERT = {
-    "_name_or_path", "chunk_size_feed_forward", "dtype", "id2label", "label2id", "output_attentions",
-    "output_hidden_states", "problem_type", "return_dict", "torch_dtype", "transformers.js_config",
-    "transformers_version", "use_cache", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version",
-}  # fmt: skip
+_COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+           "max_positions")  # fmt: skip
+_FACTORS = ("norm_eps", "initializer_range", "embedding_scale", "residual_scale", "logits_scale")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides a model's shape and arithmetic.
 
-    Widths are in elements: `hidden_size` D, `intermediate_size` F, `head_dim` d; counts: `num_layers`,
-    `num_heads` H, `num_kv_heads` K (H is a multiple of K), `vocab_size` V. `rope_theta` is the base of the
-    rotary frequencies, `norm_eps` the epsilon of RMSNorm, `max_positions` the longest trained context in
-    tokens, `initializer_range` the standard deviation of freshly drawn weights. With `reward` the head is one row that
-    maps a text's last hidden state to a number, instead of the vocabulary's.
+    Widths are in elements, counts are numbers; H is a multiple of K.
     """
 
     vocab_size: int
+    """V."""
     hidden_size: int
+    """D."""
     intermediate_size: int
+    """F."""
     num_layers: int
     num_heads: int
+    """H."""
     num_kv_heads: int
+    """K."""
     head_dim: int
+    """d."""
     family: str = "llama"
-    rope_theta: float = 10000.0
+    """Name of the family in `families.py`; it decides names in files only."""
+    rope: Rope | None = field(default_factory=Rope)
+    """How positions turn queries and keys; None: they do not."""
+    local_rope: Rope | None = None
+    """Of layers with a window, where it differs."""
+    rope_layers: tuple[bool, ...] = ()
+    """For each layer, whether it turns; empty: all do."""
+    learned_positions: bool = False
+    """Add a learned vector for each position to the embedding."""
+    windows: tuple[int | None, ...] = ()
+    """For each layer, how many tokens one sees, itself among them; None or no entry: all before it."""
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    """Added to the norms' weights: 1 in Gemma, which stores w - 1."""
+    norm_placement: Literal["before", "after", "around"] = "before"
+    """Norms before attention and MLP, after them, or both."""
+    qk_norm: Literal["none", "head", "all"] = "none"
+    """Norms of queries and keys: none, over each head's d, or over all heads' H d and K d."""
+    attention_bias: bool = False
+    """Biases of q, k and v."""
+    output_bias: bool = False
+    """Bias of attention's output."""
+    mlp_bias: bool = False
+    fused: Literal["none", "stacked", "by_head"] = "none"
+    """Whether q, k and v are one module, with rows [q; k; v] or head by head; gate and up are one too then."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated: bool = True
+    """The MLP is down(act(gate) up), else down(act(up))."""
+    parallel_residual: bool = False
+    """Attention and MLP read the same input."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; None: 1 / sqrt(d)."""
+    attention_softcap: float | None = None
+    """c in scores c tanh(s / c)."""
+    embedding_scale: float = 1.0
+    """What embeddings are multiplied by."""
+    residual_scale: float = 1.0
+    """What attention and MLP are multiplied by before they are added."""
+    logits_scale: float = 1.0
+    """What logits are divided by."""
+    logits_softcap: float | None = None
+    """c in logits c tanh(z / c)."""
     tie_embeddings: bool = False
     max_positions: int = 2048
+    """The longest trained context, in tokens."""
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
-    attention_bias: bool = False
-    mlp_bias: bool = False
     initializer_range: float = 0.02
+    """Standard deviation of freshly drawn weights."""
     reward: bool = False
+    """The head is one row that maps a text's last hidden state to a number, instead of the vocabulary's."""
 
     def __post_init__(self):
-        """Refuse shapes that cannot be a model."""
-        counts = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                  "head_dim", "max_positions")  # fmt: skip
-        for name in (*counts, "rope_theta", "norm_eps", "initializer_range"):
-            value, kinds = getattr(self, name), (int,) if name in counts else (int, float)
-            if type(value) not in kinds or not 0 < value < float("inf"):
-                whole = "whole " if name in counts else ""
-                raise ConfigError(f"model config: {name} is {value!r}; it must be a positive {whole}number")
+        """Refuse what cannot be a model."""
+        for name in _COUNTS:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ConfigError(
+                    f"model config: {name} is {getattr(self, name)!r}; it must be a positive whole number"
+                )
+        optional = ("attention_scale", "attention_softcap", "logits_softcap")
+        given = [name for name in optional if getattr(self, name) is not None]
+        for name in (*_FACTORS, *given):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise ConfigError(f"model config: {name} is {value!r}; it must be a positive number")
+        for name in ("attention_bias", "output_bias", "mlp_bias", "tie_embeddings", "parallel_residual"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"model config: {name} is {getattr(self, name)!r}; it must be true or false")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly"
             )
-        if self.head_dim % 2:
-            raise ConfigError(f"model config: head_dim {self.head_dim} is odd; rotary embedding turns pairs")
+        if self.fused == "by_head" and self.num_heads != self.num_kv_heads:
+            raise ConfigError("model config: q, k and v lie head by head, so there must be as many k as q heads")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                rope.check(self.head_dim)
+        self._check_layers()
         for name, ids in (("bos", (self.bos_id,)), ("eos", self.eos_ids), ("pad", (self.pad_id,))):
             for token in ids:
                 if token is not None and not (isinstance(token, int) and -1 <= token < self.vocab_size):
                     raise ConfigError(f"model config: {name} id {token!r} is outside the {self.vocab_size} tokens")
 
+    def _check_layers(self) -> None:
+        for name, values in (("rope_layers", self.rope_layers), ("windows", self.windows)):
+            if values and len(values) != self.num_layers:
+                raise ConfigError(f"model config: {name} names {len(values)} layers; there are {self.num_layers}")
+        for window in self.windows:
+            if window is not None and (type(window) is not int or window < 1):
+                raise ConfigError(f"model config: a layer's window is {window!r}; it must be a positive whole number")
+
+    def window(self, layer: int) -> int | None:
+        """Return how many tokens a token of that layer sees; None: all before it."""
+        return self.windows[layer] if self.windows else None
+
+    def layer_rope(self, layer: int) -> Rope | None:
+        """Return how that layer turns queries and keys; None: it does not."""
+        if self.rope_layers and not self.rope_layers[layer]:
+            return None
+        return self.local_rope if self.local_rope and self.window(layer) else self.rope
+
+    @property
+    def by_length(self) -> bool:
+        """Whether what a token becomes depends on how long its text will be; then padding must be told from text."""
+        return self.rope is not None and self.rope.by_length
+
+    @property
+    def longest(self) -> int:
+        """How many tokens a text may have: the trained context, or what the rope stretches it to as it grows."""
+        stretched = self.rope is not None and self.rope.kind == "dynamic"
+        return int(self.max_positions * self.rope.factor) if stretched else self.max_positions
+
     @classmethod
     def from_hf(cls, fields: dict[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Read the content of a Hugging Face `config.json`.
+        """Read the content of a Hugging Face `config.json`; see `families.read`."""
+        from minitune.model.families import read  # which imports this file
 
-        Args:
-            fields: the parsed JSON object.
-            where: the file's name, for error lines.
-
-        Raises:
-            ConfigError: an architecture, field or value that this engine does not implement.
-        """
-        family = fields.get("model_type")
-        if family not in ARCHITECTURES:
-            raise ConfigError(
-                f"{where}: model_type {family!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
-                + nearest(str(family), ARCHITECTURES)
-            )
-        architectures = fields.get("architectures") or [ARCHITECTURES[family]]
-        reward = architectures == [REWARD_ARCHITECTURES[family]]
-        if architectures != [ARCHITECTURES[family]] and not reward:
-            raise ConfigError(f"{where}: architectures {architectures} is not [{ARCHITECTURES[family]!r}]")
-        if reward and len(fields.get("id2label") or "??") != 1:  # without the field, transformers' default is 2 labels
-            raise ConfigError(f"{where}: a classifier of several labels; a reward model has one (id2label)")
-        _check_fields(fields, where)
-        missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                     "num_attention_heads") if fields.get(name) is None]  # fmt: skip
-        if missing:
-            raise ConfigError(f"{where}: the field {missing[0]} is missing")
-        values = {ours: fields[theirs] for theirs, ours in _USED.items() if fields.get(theirs) is not None}
-        values.setdefault("num_kv_heads", values["num_heads"])
-        if "head_dim" not in values:
-            if not values["num_heads"] or values["hidden_size"] % values["num_heads"]:
-                raise ConfigError(f"{where}: head_dim is missing and heads do not divide hidden_size")
-            values["head_dim"] = values["hidden_size"] // values["num_heads"]
-        eos = fields.get("eos_token_id")
-        eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        try:
-            return cls(family=family, rope_theta=_rope_theta(fields, where), eos_ids=eos_ids, reward=reward, **values)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("model config", where)) from None
+        return read(fields, where)
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the content of a `config.json` that transformers reads (4.x and 5.x field names)."""
-        fields = {theirs: getattr(self, ours) for theirs, ours in _USED.items()}
-        eos = self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None
-        head = {"architectures": [ARCHITECTURES[self.family]]}
-        if self.reward:
-            head = {"architectures": [REWARD_ARCHITECTURES[self.family]], "id2label": {"0": "LABEL_0"},
-                    "label2id": {"LABEL_0": 0}}  # fmt: skip
-        return {
-            "model_type": self.family,
-            **head,
-            **fields,
-            "eos_token_id": eos,
-            "hidden_act": "silu",
-            "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-        }
+        """Return the content of a `config.json` that transformers reads; see `families.write`."""
+        from minitune.model.families import write
 
-
-def _check_fields(fields: dict[str, Any], where: str) -> None:
-    """Raise ConfigError for a field that is not known, or known but at a value that is not implemented."""
-    known = {*_USED, *_HANDLED, *_FIXED, *_INERT}
-    for name, value in fields.items():
-        if name not in known:
-            raise ConfigError(
-                f"{where}: the field {name!r} is not known to this engine and may change the model; "
-                f"it is refused rather than ignored{nearest(name, known)}"
-            )
-        if name in _FIXED and value not in _FIXED[name]:
-            raise ConfigError(f"{where}: {name} = {value!r} is not implemented (only {_FIXED[name][0]!r} is)")
-
-
-def _rope_theta(fields: dict[str, Any], where: str) -> float:
-    """Return the rotary base from `rope_parameters` (transformers 5) or `rope_theta` (4)."""
-    theta = fields.get("rope_theta")
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(name) or {}
-        if not isinstance(rope, dict):
-            raise ConfigError(f"{where}: {name} is {rope!r}; it must be an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        unknown = [f"the field {field!r}" for field in sorted(set(rope) - {"rope_type", "type", "rope_theta"})]
-        if kind != "default" or unknown:
-            detail = f"kind {kind!r}" if kind != "default" else unknown[0]
-            raise ConfigError(f"{where}: {name} with {detail} is not implemented (only the default rope is)")
-        inner = rope.get("rope_theta")
-        if None not in (inner, theta) and inner != theta:
-            raise ConfigError(f"{where}: rope_theta is {theta} but {name} says {inner}")
-        theta = theta if inner is None else inner
-    return 10000.0 if theta is None else theta
+        return write(self)

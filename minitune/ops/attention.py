@@ -1,16 +1,20 @@
-"""Causal attention inside documents: softmax(Q K^T / sqrt(d) + mask) V  (Vaswani et al. 2017, equation 1).
+"""Causal attention inside documents: softmax(s Q K^T + mask) V, s = 1 / sqrt(d)  (Vaswani et al. 2017, equation 1).
 
-Which keys a token sees is an interval: token i sees itself and the `positions[i]` tokens before it. That one
-rule is the causal mask, the block-diagonal mask of packed rows (positions restart at 0 in each document),
-and the mask of padding (a padding token has position 0, sees only itself and is seen by nobody).
+Which keys a token sees is an interval: token i sees itself and the `positions[i]` tokens before it, or at most
+`window - 1` of them. That one rule is the causal mask, the block-diagonal mask of packed rows (positions restart at 0
+in each document), the sliding window, and the mask of padding (a padding token has position 0, sees only itself and is
+seen by nobody).
 
 Forward is torch's fused kernel. So is the backward pass, but for one case: in bf16 on a CPU torch's is up
 to 5x slower than matmuls on short rows (forward and backward of 16 rows of 64: 15.5 ms against 3.3; 4 of 256:
 13 against 10), so there it is made here, a block of queries at a time over the keys that block can see:
     P = softmax(s Q K^T),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(dP P)),  dQ = s dS K,  dK = s dS^T Q
+With Gemma 2's soft-cap c the scores are c tanh(s Q K^T / c), which torch's kernel does not know, so both passes are
+made that way; dS is then also multiplied by 1 - tanh^2.
 Keeping P from the forward pass was rejected: it is 141 MB over 30 layers at 4 x 256.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,76 +36,152 @@ class Visibility:
     """First key that any query of each block of BLOCK queries sees, rounded down; empty: 0 for all."""
 
 
-def visibility(positions: torch.Tensor, offset: int = 0) -> Visibility:
+def visibility(positions: torch.Tensor, offset: int = 0, window: int | None = None) -> Visibility:
     """Turn positions into a mask.
 
     Args:
         positions: (B, T) int64, the position of each token in its own document.
         offset: tokens that are already in the cache, before these.
+        window: how many tokens, itself among them, one sees at most; None: its whole document so far.
     """
     length = positions.shape[1]
     query = torch.arange(offset, offset + length, device=positions.device)[:, None]  # (T, 1)
     key = torch.arange(offset + length, device=positions.device)  # (S,)
-    first = query[None] - positions[:, :, None]  # (B, T, 1)
+    reach = positions if window is None else positions.clamp(max=window - 1)
+    first = query[None] - reach[:, :, None]  # (B, T, 1)
     mask = ((key <= query) & (key >= first))[:, None]
     starts = first.amin(0).flatten()  # (T,)
     blocks = tuple(int(part.min()) // GRAIN * GRAIN for part in starts.split(BLOCK)) if offset == 0 else ()
     return Visibility(mask, causal=False, block_starts=blocks)
 
 
-def _blocked_gradients(q, k, v, dout, seen: Visibility):
-    """Return dQ, dK, dV of attention over a whole sequence (no cache), in the inputs' shapes and dtype."""
-    batch, heads, length, width = q.shape
-    groups = batch * k.shape[1]  # a key/value head and its G query heads are one matmul
-    scale = width**-0.5
-    keys, values = k.reshape(groups, length, width), v.reshape(groups, length, width)
+@dataclass(frozen=True)
+class _Block:
+    """Queries start..end of a sequence and the keys first..last that any of them may see."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    hidden: torch.Tensor
+    """(B or 1, 1, n, S) bool, True where a query may not look."""
+
+
+def _blocks(queries: int, keys: int, seen: Visibility, device) -> Iterator[_Block]:
+    """Cut the queries into blocks; those of a cache come after `keys - queries` earlier tokens."""
+    for start in range(0, queries, BLOCK):
+        end = min(start + BLOCK, queries)
+        first = seen.block_starts[start // BLOCK] if seen.block_starts else 0
+        last = end if seen.causal or seen.block_starts else keys
+        if seen.mask is not None:
+            hidden = ~seen.mask[:, :, start:end, first:last]
+        elif seen.causal:
+            query = torch.arange(start, end, device=device)[:, None]
+            hidden = (torch.arange(first, last, device=device) > query)[None, None]
+        else:
+            hidden = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+        yield _Block(start, end, first, last, hidden)
+
+
+def _probabilities(q, keys, block: _Block, scale: float, softcap: float | None):
+    """Return a block's queries (B K, G n, d), its probabilities (B K, G n, S) and, with a cap, tanh of its scores."""
+    batch, heads = q.shape[:2]
+    query = q[:, :, block.start : block.end].reshape(len(keys), -1, q.shape[-1])
+    scores, bent = torch.bmm(query, keys.transpose(1, 2)).mul_(scale), None
+    if softcap is not None:
+        bent = scores.div_(softcap).tanh_()
+        scores = bent * softcap
+    shape = batch, heads, block.end - block.start, block.last - block.first
+    scores.view(shape).masked_fill_(block.hidden, float("-inf"))
+    return query, torch.softmax(scores, dim=-1), bent
+
+
+def _grouped(k, v):
+    """Return keys and values as (B K, S, d): a key/value head and its G query heads are one matmul."""
+    return k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
+
+
+def _blocked_output(q, k, v, seen: Visibility, scale: float, softcap: float | None):
+    """Return attention's output (B, H, T, d), made a block of queries at a time."""
+    keys, values = _grouped(k, v)
+    out = torch.empty_like(q)
+    for block in _blocks(q.shape[2], k.shape[2], seen, q.device):
+        part = slice(block.first, block.last)
+        _, probabilities, _ = _probabilities(q, keys[:, part], block, scale, softcap)
+        mixed = torch.bmm(probabilities, values[:, part])
+        out[:, :, block.start : block.end] = mixed.view(*q.shape[:2], -1, q.shape[-1])
+    return out
+
+
+def _blocked_gradients(q, k, v, dout, seen: Visibility, scale: float, softcap: float | None):
+    """Return dQ, dK, dV of attention in the inputs' shapes and dtype."""
+    keys, values = _grouped(k, v)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-    for block, start in enumerate(range(0, length, BLOCK)):
-        end = min(start + BLOCK, length)
-        first = seen.block_starts[block] if seen.block_starts else 0
-        query = q[:, :, start:end].reshape(groups, -1, width)  # (B K, G n, d)
-        dblock = dout[:, :, start:end].reshape(groups, -1, width)
-        key, value = keys[:, first:end], values[:, first:end]
-        scores = torch.bmm(query, key.transpose(1, 2)).mul_(scale)  # (B K, G n, S)
-        hidden = _hidden_keys(seen, start, end, first, q.device)
-        scores.view(batch, heads, end - start, end - first).masked_fill_(hidden, float("-inf"))
-        probabilities = torch.softmax(scores, dim=-1)
-        dprobabilities = torch.bmm(dblock, value.transpose(1, 2))
-        dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, q.dtype).mul_(scale)
-        dq[:, :, start:end] = torch.bmm(dscores, key).view(batch, heads, -1, width)
-        dk[:, first:end] += torch.bmm(dscores.transpose(1, 2), query)
-        dv[:, first:end] += torch.bmm(probabilities.transpose(1, 2), dblock)
+    for block in _blocks(q.shape[2], k.shape[2], seen, q.device):
+        part = slice(block.first, block.last)
+        shares = dk[:, part], dv[:, part]
+        mine = _block_gradients(q, keys[:, part], values[:, part], dout, block, scale, softcap, *shares)
+        dq[:, :, block.start : block.end] = mine.view(*q.shape[:2], -1, q.shape[-1])
     return dq, dk.view(k.shape), dv.view(v.shape)
 
 
-def _hidden_keys(seen: Visibility, start: int, end: int, first: int, device) -> torch.Tensor:
-    """Return the mask of keys first..end that queries start..end must not see, (B or 1, 1, n, S)."""
-    if seen.mask is not None:
-        return ~seen.mask[:, :, start:end, first:end]
-    query = torch.arange(start, end, device=device)[:, None]
-    return (torch.arange(first, end, device=device) > query)[None, None]
+def _block_gradients(q, keys, values, dout, block: _Block, scale: float, softcap: float | None, dkeys, dvalues):
+    """Return a block's dQ (B K, G n, d) and add what it gives to the keys and values it sees (B K, S, d).
+
+    A function of its own so that a block's scores are dropped before the next block makes its own.
+    """
+    query, probabilities, bent = _probabilities(q, keys, block, scale, softcap)
+    dblock = dout[:, :, block.start : block.end].reshape(query.shape)
+    dprobabilities = torch.bmm(dblock, values.transpose(1, 2))
+    dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, q.dtype).mul_(scale)
+    if bent is not None:
+        dscores.addcmul_(dscores, bent.square_(), value=-1)
+    dkeys += torch.bmm(dscores.transpose(1, 2), query)
+    dvalues += torch.bmm(probabilities.transpose(1, 2), dblock)
+    return torch.bmm(dscores, keys)
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, seen):
+    def forward(ctx, q, k, v, seen, scale, softcap):
         ctx.save_for_backward(q, k, v)
-        ctx.seen = seen
-        return _fused(q, k, v, seen)
+        ctx.settings = seen, scale, softcap
+        return _fused(q, k, v, seen, scale) if softcap is None else _blocked_output(q, k, v, *ctx.settings)
 
     @staticmethod
     def backward(ctx, dout):
-        return *_blocked_gradients(*ctx.saved_tensors, dout, ctx.seen), None
+        return *_blocked_gradients(*ctx.saved_tensors, dout, *ctx.settings), None, None, None
 
 
-def _fused(q, k, v, seen: Visibility) -> torch.Tensor:
+def _fused(q, k, v, seen: Visibility, scale: float) -> torch.Tensor:
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.mask, is_causal=seen.causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen.mask, is_causal=seen.causal, scale=scale, enable_gqa=grouped
+    )
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Visibility) -> torch.Tensor:
-    """Attend from q (B, H, T, d) to k and v (B, K, S, d), H a multiple of K; returns (B, H, T, d)."""
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: Visibility,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attend from q (B, H, T, d) to k and v (B, K, S, d), H a multiple of K; returns (B, H, T, d).
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        seen: which keys each query may see.
+        scale: s, 1 / sqrt(d) by default.
+        softcap: scores are bent to stay within plus and minus this; None: they are not.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     whole = q.shape[2] == k.shape[2] and (seen.causal or seen.mask is not None)
-    if torch.is_grad_enabled() and q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and whole:
-        return _BlockedAttention.apply(q, k, v, seen)
-    return _fused(q, k, v, seen)
+    slow = torch.is_grad_enabled() and q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    if softcap is not None or slow and whole:
+        return _BlockedAttention.apply(q, k, v, seen, scale, softcap)
+    return _fused(q, k, v, seen, scale)

@@ -47,3 +47,17 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return gelu(gate) * up, GELU in its tanh form, for gate and up of one shape (..., F)."""
     return _glu(gate, up, gelu=True)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """Return x times the normal distribution function of x (Hendrycks & Gimpel 2016)."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """Return GELU in its tanh form."""
+    return F.gelu(x, approximate="tanh")
+
+
+GATED_UNITS = {"silu": swiglu, "gelu_tanh": geglu}
+ACTIVATIONS = {"silu": F.silu, "gelu": gelu, "gelu_tanh": gelu_tanh}

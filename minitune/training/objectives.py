@@ -25,13 +25,15 @@ def final_hidden(model: Transformer, batch: Batch) -> torch.Tensor:
 
     Rows of one document need no mask but the causal one: padding lies to their right, where no target looks.
     """
-    packed = batch.document_count > len(batch.ids)
-    return model.hidden(batch.ids, positions=batch.positions if packed else None)
+    needed = batch.document_count > len(batch.ids) or model.config.by_length
+    return model.hidden(batch.ids, positions=batch.positions if needed else None)
 
 
 def supervised(model: Transformer, batch: Batch) -> tuple[torch.Tensor, int, Metrics]:
     """Return the summed cross-entropy of the target tokens in nats, their number, and no further metrics."""
-    loss_sum, count = sft_loss(final_hidden(model, batch), model.head_weight, batch.targets)
+    loss_sum, count = sft_loss(
+        final_hidden(model, batch), model.head_weight, batch.targets, model.config.logits_softcap
+    )
     return loss_sum, count, {}
 
 

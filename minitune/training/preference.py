@@ -21,7 +21,9 @@ from minitune.training.objectives import Metrics, Objective, final_hidden
 def answer_log_probabilities(model: Transformer, batch: PreferenceBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each document's log p of its targets, summed, (documents,) fp32 in nats, and their number (documents,)."""
     hidden, chosen = final_hidden(model, batch), batch.targets >= 0
-    token_losses = linear_cross_entropy(hidden[chosen], model.head_weight, batch.targets[chosen])
+    token_losses = linear_cross_entropy(
+        hidden[chosen], model.head_weight, batch.targets[chosen], softcap=model.config.logits_softcap
+    )
     counts = torch.bincount(batch.owners[chosen], minlength=batch.document_count)
     # Documents lie in the order of their numbers, so their tokens do: sums of slices, the same whatever lies beside.
     sums = torch.stack([-part.sum() for part in token_losses.split(counts.tolist())])

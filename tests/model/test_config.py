@@ -21,7 +21,7 @@ SMOLLM2 = {
 def test_a_published_config():
     config = ModelConfig.from_hf(SMOLLM2)
     assert (config.num_layers, config.hidden_size, config.num_kv_heads, config.head_dim) == (30, 576, 3, 64)
-    assert (config.rope_theta, config.norm_eps, config.eos_ids, config.tie_embeddings) == (100000, 1e-5, (2,), True)
+    assert (config.rope.theta, config.norm_eps, config.eos_ids, config.tie_embeddings) == (100000, 1e-5, (2,), True)
 
 
 def test_round_trip_through_transformers():

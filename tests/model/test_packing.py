@@ -91,7 +91,7 @@ def test_a_mask_that_is_off_by_one_is_caught(monkeypatch):
 
     model = Transformer(CONFIG)
     documents, ids, positions = packed()
-    monkeypatch.setattr(module, "visibility", lambda p, offset=0: visibility(p + 1, offset))
+    monkeypatch.setattr(module, "visibility", lambda p, offset, window: visibility(p + 1, offset, window))
     whole = model(ids, positions=positions)[0][5:6]
     alone = model(documents[1][None])[0]
     assert ((whole - alone).norm() / alone.norm()).item() > 1e-3

@@ -77,13 +77,15 @@ def test_parity_catches_a_planted_bug(mutant, monkeypatch):
         monkeypatch.setattr(module, "apply_rope", lambda x, cos, sin: right(x, cos, -sin))
     if mutant == "norm":
         right_norm = module.rms_norm
-        monkeypatch.setattr(module, "rms_norm", lambda x, w, eps: right_norm(x, w, eps * 1000))
+        monkeypatch.setattr(module, "rms_norm", lambda x, w, eps, o: right_norm(x, w, eps * 1000, o))
     if mutant == "heads":  # key/value heads in the other order
         right_attention = module.attention
-        monkeypatch.setattr(module, "attention", lambda q, k, v, s: right_attention(q, k.flip(1), v.flip(1), s))
+        monkeypatch.setattr(
+            module, "attention", lambda q, k, v, s, **o: right_attention(q, k.flip(1), v.flip(1), s, **o)
+        )
     if mutant == "scale":
         right_scaled = module.attention
-        monkeypatch.setattr(module, "attention", lambda q, k, v, s: right_scaled(q * 1.01, k, v, s))
+        monkeypatch.setattr(module, "attention", lambda q, k, v, s, **o: right_scaled(q * 1.01, k, v, s, **o))
     assert relative(ours(ids), theirs(ids).logits) > 10 * BAR
 
 

@@ -203,7 +203,8 @@ def test_a_16_bit_head_gradient_is_summed_in_fp32_without_a_copy(monkeypatch):
 
 @pytest.mark.parametrize("length,block", [(5, 2), (4, 4), (7, 3), (6, 16)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_blocked_attention_gradient(monkeypatch, length, block, packed):
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_blocked_attention_gradient(monkeypatch, length, block, packed, softcap):
     monkeypatch.setattr(attention_module, "BLOCK", block)
     monkeypatch.setattr(attention_module, "GRAIN", 2)
     q, k, v = draw(2, 4, length, 2), draw(2, 2, length, 2, seed=1), draw(2, 2, length, 2, seed=2)
@@ -212,12 +213,23 @@ def test_blocked_attention_gradient(monkeypatch, length, block, packed):
         positions[0, 2:] -= 2
         positions[1, 3:] -= 3
     seen = visibility(positions) if packed else Visibility(None, causal=True)
-    assert gradcheck(lambda q, k, v: _BlockedAttention.apply(q, k, v, seen), (q, k, v))
+    assert gradcheck(lambda q, k, v: _BlockedAttention.apply(q, k, v, seen, 0.9, softcap), (q, k, v))
     upstream = draw(2, 4, length, 2, seed=4, grad=False)
-    ours = torch.autograd.grad(_BlockedAttention.apply(q, k, v, seen), (q, k, v), upstream)
-    theirs = torch.autograd.grad(_fused(q, k, v, seen), (q, k, v), upstream)
+    mixed = _BlockedAttention.apply(q, k, v, seen, 0.9, softcap)
+    expected = plain_attention(q, k, v, visibility(positions).mask, 0.9, softcap)
+    torch.testing.assert_close(mixed, expected)
+    ours = torch.autograd.grad(mixed, (q, k, v), upstream)
+    theirs = torch.autograd.grad(expected, (q, k, v), upstream)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def plain_attention(q, k, v, mask, scale, softcap):
+    """The equation as it stands, with whole score matrices."""
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+    scores = q @ k.transpose(2, 3) * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    return torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1) @ v
 
 
 def test_bf16_attention_gradient_is_as_exact_as_the_fused_one():
@@ -225,17 +237,17 @@ def test_bf16_attention_gradient_is_as_exact_as_the_fused_one():
     wide = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
     upstream = draw(2, 4, 200, 16, seed=9, grad=False)
     seen = Visibility(None, causal=True)
-    truth = torch.autograd.grad(_fused(*wide, seen), wide, upstream)
+    truth = torch.autograd.grad(_fused(*wide, seen, 0.25), wide, upstream)
     narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
     truth_narrow = [x.detach().double().requires_grad_() for x in narrow]
-    truth = torch.autograd.grad(_fused(*truth_narrow, seen), truth_narrow, upstream.bfloat16().double())
+    truth = torch.autograd.grad(_fused(*truth_narrow, seen, 0.25), truth_narrow, upstream.bfloat16().double())
 
     def errors(function):
         grads = torch.autograd.grad(function(), narrow, upstream.bfloat16())
         return [((g.double() - t).norm() / t.norm()).item() for g, t in zip(grads, truth, strict=True)]
 
-    ours = errors(lambda: _BlockedAttention.apply(*narrow, seen))
-    theirs = errors(lambda: _fused(*narrow, seen))
+    ours = errors(lambda: _BlockedAttention.apply(*narrow, seen, 0.25, None))
+    theirs = errors(lambda: _fused(*narrow, seen, 0.25))
     assert all(a <= 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
