@@ -113,8 +113,8 @@ def from_pieces(
     """Build BPE from pieces; `prefix`: a space before the text, and (`repeat`) after each control token.
 
     A piece without a score (control, unknown and byte pieces) is no result of merging. `preparation` is done first.
-    Pairs of equal score give the same piece, a run of spaces say: sentencepiece takes the leftmost of them in the
-    text, which has the longest left part, since what is merged to its left was merged before.
+    Of pairs with equal scores (all runs of spaces of Llama and Mistral have one) sentencepiece merges the leftmost in
+    the text, whose left part is the longest, since what is to its left was merged before.
     """
     vocabulary = {piece: id for id, piece in enumerate(pieces)}
     pairs = [
