@@ -1,8 +1,9 @@
-"""GGUF files, llama.cpp's format: metadata, quantised tensors and rotary rows in another order.
+"""GGUF files, llama.cpp's format: metadata, quantised tensors, and rows, norms and ropes written in other ways.
 
-The `gguf` package reads and dequantises. llama.cpp turns neighbouring elements (2i, 2i+1) as a pair where
-Llama checkpoints turn (i, i + d/2), so its files hold the rows of q and k interleaved: within each head,
-row 2i + j there is row i + j d/2 here. Tensors are dequantised a few rows at a time, into place.
+The `gguf` package reads and dequantises. llama.cpp turns neighbouring elements (2i, 2i+1) as a pair where most
+checkpoints turn (i, i + d/2); of some architectures its files hold the rows of q and k interleaved for that: within
+each head, row 2i + j there is row i + j d/2 here. Gemma's norms are stored as 1 + w, GPT-NeoX's fused q, k and v as
+[q; k; v]. Tensors are dequantised a few rows at a time, into place.
 """
 
 import re
@@ -15,54 +16,76 @@ import numpy as np
 import torch
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
+from minitune.checkpoint.gguf_metadata import (
+    ARCHITECTURES,
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    architecture_of,
+    read_fields,
+)
 from minitune.errors import CheckpointError
 from minitune.gguf_io import read_file
+from minitune.model.config import ModelConfig
 
 CHUNK = 1 << 15  # elements dequantised at a time: stays in a core's cache, and torch copies it on one thread
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# Metadata of a llama file -> field of config.json.
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
-    "context_length": "max_position_embeddings",
+_VECTOR = 1 << 16  # elements that a vector of the metadata may have
+_PARAMETER = re.compile(r"(?s)(model\.layers\.(\d+)\.)?(.*)\.(\w+)")  # of ours: layer, module, weight or bias
+_TENSOR = re.compile(r"(?s)(blk\.(\d+)\.)?(.*)\.(\w+)")  # of the file: the same
+_MODULES = {  # ours -> the file's
+    "model.embed_tokens": "token_embd",
+    "model.embed_positions": "position_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
-_TENSOR = re.compile(r"(?s)(?:blk\.(\d+)\.)?(.*?)\.?([^.]*)")  # block, module, weight or bias
-_HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
-_SCALING = "rope.scaling.type"
-_IDS = {"bos_token_id": "bos_token_id", "padding_token_id": "pad_token_id"}
-_STOPS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-_MODULES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+_AFTER = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+_NORMS = {  # by where they stand
+    "before": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    "after": _AFTER,
+    "around": {"input_layernorm": "attn_norm", "pre_feedforward_layernorm": "ffn_norm", **_AFTER},
 }
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a file holds a tensor of ours.
+
+    Our rows are seen as (first, second, rest), and the file's have `axis` and the one after it swapped; `offset` is
+    what the file's values have on top of ours.
+    """
+
+    first: int = 1
+    second: int = 1
+    axis: int = 0
+    offset: float = 0.0
+
+    def places(self, rows: int) -> torch.Tensor | None:
+        """Return for each row of the file which one it is here: (rows,); None where all stay in place."""
+        if self.first == self.second == 1:
+            return None
+        return torch.arange(rows).view(self.first, self.second, -1).transpose(self.axis, self.axis + 1).flatten()
+
+
+@dataclass(frozen=True)
 class QuantisedTensor:
-    """Where one tensor lies in a GGUF file. `heads`: its rows are interleaved within that many heads."""
+    """Where one tensor lies in a GGUF file, and how."""
 
     file: Path
     kind: gguf.GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
-    heads: int | None = None
+    layout: Layout = Layout()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,9 +97,11 @@ class QuantisedTensor:
 
         Raises CheckpointError for a type that the gguf package cannot dequantise.
         """
-        target = destination.detach().view(-1, self.shape[-1])  # a vector is one row
+        places = self.layout.places(self.shape[0])
+        # A vector is one row, or, where its elements change places, a column.
+        target = destination.detach().view(-1, 1 if places is not None and len(self.shape) == 1 else self.shape[-1])
         rows, row_bytes = quant_shape_to_byte_shape(target.shape, self.kind)
-        places, step = self._places(), max(1, CHUNK // self.shape[-1])
+        step = max(1, CHUNK // target.shape[-1])
         with open(self.file, "rb", buffering=0) as stream:
             stream.seek(self.offset)
             for start in range(0, rows, step):
@@ -86,66 +111,77 @@ class QuantisedTensor:
                     chunk = torch.from_numpy(dequantize(raw, self.kind).astype(np.float32, copy=False))
                 except NotImplementedError:
                     raise CheckpointError(f"{self.file}: the type {self.kind.name} cannot be dequantised") from None
+                if self.layout.offset:
+                    chunk = chunk - self.layout.offset
                 if places is None:
                     target[start:end] = chunk
                 else:
                     target.index_copy_(0, places[start:end].to(target.device), chunk.to(target.device, target.dtype))
 
-    def _places(self) -> torch.Tensor | None:
-        """Return where each row of the file belongs, None where all stay in place."""
-        if self.heads is None:
-            return None
-        rows = torch.arange(self.shape[0]).view(self.heads, 2, -1)  # (heads, half, i)
-        return rows.transpose(1, 2).flatten()  # row 2i + half of the file -> row i + half d/2
-
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
-    """Return a llama GGUF file's content of `config.json` and its tensors under their Hugging Face names.
+    """Return a GGUF file's content of `config.json` and its tensors under our names, which are Hugging Face's for most.
 
     Tensors that have no such name keep the file's own.
 
     Raises:
         CheckpointError: not GGUF, truncated, counts that cannot be, or an architecture or field not known here.
+        ConfigError: metadata that amounts to no model.
     """
     metadata, stored = read_file(path, arrays=False)
     shapes = {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in stored}
-    fields = _config_fields(path, metadata, shapes)
-    heads = {"attn_q": fields.get("num_attention_heads"), "attn_k": fields.get("num_key_value_heads")}
+    places = {item.name: (path, item.tensor_type, shapes[item.name], item.data_offset) for item in stored}
+
+    def vector(name: str) -> list[float]:
+        if name not in places or len(shapes[name]) != 1 or shapes[name][0] > _VECTOR:
+            raise CheckpointError(f"{path}: {name} is missing, or no vector: {shapes.get(name)}")
+        values = torch.empty(shapes[name])
+        QuantisedTensor(*places[name]).read_into(values)
+        return [float(str(value)) for value in values.numpy()]  # the shortest decimals
+
+    fields = read_fields(metadata, shapes, vector, str(path))
+    config = ModelConfig.from_hf(fields, str(path))
+    names = {theirs: ours for ours, theirs in _modules(config).items()}
     tensors = {}
-    for tensor in stored:
-        block, stem, kind = _TENSOR.fullmatch(tensor.name).groups()
-        name = f"{_MODULES[stem]}.{kind}" if stem in _MODULES else tensor.name
-        name = f"model.layers.{block}.{name}" if block and stem in _MODULES else name
-        place = path, tensor.tensor_type, shapes[tensor.name], tensor.data_offset
-        tensors[name] = QuantisedTensor(*place, heads.get(stem))
+    for theirs, place in places.items():
+        if theirs in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
+            continue  # part of the config
+        ours = _renamed(theirs, _TENSOR, "model.layers.{}.", names)
+        tensors[ours] = QuantisedTensor(*place, layout_of(config, ours))
     return fields, tensors
 
 
-def _config_fields(path: Path, metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Return the content of `config.json` that metadata and shapes amount to; refuse what it may not leave out."""
-    family = metadata.get("general.architecture")
-    if family != "llama":
-        raise CheckpointError(f"{path}: architecture {family!r} is not supported in GGUF; supported: llama")
-    values = {name.removeprefix("llama."): value for name, value in metadata.items() if name.startswith("llama.")}
-    unknown = sorted(set(values) - {*_FIELDS, *_HEAD_WIDTHS, _SCALING})
-    if unknown:
-        raise CheckpointError(
-            f"{path}: the field llama.{unknown[0]} is not known to this engine and may change the model; "
-            f"it is refused rather than ignored"
-        )
-    fields = {theirs: values[name] for name, theirs in _FIELDS.items() if name in values}
-    fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
-    fields.setdefault("vocab_size", next(iter(shapes.get("token_embd.weight", ())), None))
-    widths = {name: values[name] for name in _HEAD_WIDTHS if name in values}
-    if len(set(widths.values())) > 1 or values.get(_SCALING, "none") != "none":
-        raise CheckpointError(f"{path}: heads of several widths, or scaled rope, are not implemented: {widths}")
-    return {
-        "model_type": "llama",
-        **fields,
-        "head_dim": next(iter(widths.values()), None),
-        "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": "blk.0.attn_q.bias" in shapes,
-        "mlp_bias": "blk.0.ffn_up.bias" in shapes,
-        **{theirs: metadata.get(f"tokenizer.ggml.{ours}") for ours, theirs in _IDS.items()},
-        "eos_token_id": [metadata[name] for name in _STOPS if name in metadata],
-    }
+def file_name(config: ModelConfig, name: str) -> str:
+    """Return a GGUF file's name of the parameter that we call `name`."""
+    return _renamed(name, _PARAMETER, "blk.{}.", _modules(config))
+
+
+def layout_of(config: ModelConfig, name: str) -> Layout:
+    """Return how a GGUF file holds the parameter that we call `name`."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    if module.endswith("norm"):
+        return Layout(offset=config.norm_offset)
+    if module == "qkv_proj" and config.fused == "by_head":
+        return Layout(config.num_heads, 3, 0)
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    if module in heads and ARCHITECTURES[architecture_of(config)].interleaved:
+        return Layout(heads[module], 2, 1)
+    return Layout()
+
+
+def _modules(config: ModelConfig) -> dict[str, str]:
+    """Return our name of each module a model may have -> the file's."""
+    names = _MODULES | _NORMS[config.norm_placement]
+    if config.fused == "stacked" and config.gated:  # gate and up are one tensor, with the name of up
+        del names["mlp.up_proj"]
+        names["mlp.gate_up_proj"] = "ffn_up"
+    return names
+
+
+def _renamed(name: str, pattern: re.Pattern, layer: str, modules: dict[str, str]) -> str:
+    """Return `name` in the other style; unchanged where it has no counterpart there."""
+    match = pattern.fullmatch(name)
+    if match is None or match[3] not in modules:
+        return name
+    prefix = layer.format(match[2]) if match[1] else ""
+    return f"{prefix}{modules[match[3]]}.{match[4]}"

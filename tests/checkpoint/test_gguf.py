@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from minitune.checkpoint.load import load_model
 from minitune.errors import CheckpointError, ConfigError
+from minitune.gguf_io import read_file
 
 HEADS, KV_HEADS, WIDTH, INNER, VOCAB = 4, 2, 64, 96, 96
 
@@ -31,7 +32,7 @@ def test_smollm2_equals_transformers_import(smollm2_path):
     reference = expected(ids).logits
     assert (ours(ids) - reference).norm() / reference.norm() < 1e-5
     config = ours.config
-    assert (config.num_layers, config.rope_theta, config.norm_eps, config.eos_ids) == (30, 100_000, 1e-5, (2,))
+    assert (config.num_layers, config.rope.theta, config.norm_eps, config.eos_ids) == (30, 100_000, 1e-5, (2,))
 
 
 def write_tiny(path, *, kind=gguf.GGMLQuantizationType.Q8_0, untied=False, skip=(), architecture="llama", extra=None):
@@ -95,11 +96,11 @@ def test_types_and_row_order_equal_transformers_import(tmp_path, kind, untied):
 
 def test_row_order_mutant_is_caught(tmp_path, monkeypatch):
     """Without the un-permutation, q differs: the test above does guard it."""
-    from minitune.checkpoint.gguf import QuantisedTensor
+    from minitune.checkpoint.gguf import Layout
 
     path = write_tiny(tmp_path / "tiny.gguf")
     state = theirs(path).state_dict()
-    monkeypatch.setattr(QuantisedTensor, "_places", lambda self: None)
+    monkeypatch.setattr(Layout, "places", lambda self, rows: None)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(load_model(path).state_dict()[name], state[name])
 
@@ -115,11 +116,17 @@ def test_folder_with_one_gguf_is_that_file(tmp_path):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2' is not supported"),
+        ({"architecture": "qwen22"}, "architecture 'qwen22' is not supported in GGUF; did you mean 'qwen2'"),
+        ({"architecture": "qwen3"}, "model.layers.0.self_attn.q_norm.weight is missing; layers.1.self_attn.k_norm"),
+        ({"architecture": "phi3"}, "qkv_proj.weight is missing; q_proj.weight is not part; gate_up_proj.weight is [96"),
+        ({"extra": {"split.count": 3, "split.no": 1}}, "part 2 of a file"),
+        ({"extra": {"llama.rope.scaling.factor": 4, "llama.rope.scaling.yarn_beta_fast": 32}}, "'beta_fast'"),
+        ({"extra": {"llama.attention.sliding_window": 7}}, "sliding_window is not known"),
         ({"extra": {"llama.expert_count": 8}}, "llama.expert_count is not known"),
-        ({"extra": {"llama.rope.dimension_count": 8}}, "[64, 64] instead of [32, 64]"),
-        ({"extra": {"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}}, "heads of several widths"),
-        ({"extra": {"llama.attention.key_length": 15}}, "head_dim 15 is odd"),
+        ({"extra": {"llama.rope.dimension_count": 8}}, "8 of a head's 16 elements are turned"),
+        ({"extra": {"llama.attention.key_length": 8}}, "[64, 64] instead of [32, 64]"),
+        ({"extra": {"llama.attention.key_length": 16, "llama.attention.value_length": 8}}, "value_length is 8"),
+        ({"extra": {"llama.attention.key_length": 15}}, "rope turns 15 of"),
         ({"skip": ("blk.1.ffn_up", "output_norm")}, "model.norm.weight is missing; model.layers.1.mlp.up_proj"),
     ],
 )
@@ -128,6 +135,97 @@ def test_other_models_are_refused(tmp_path, options, expected):
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         load_model(path)
     assert all(part in str(caught.value) for part in expected.split("; "))
+
+
+K_TYPES = {"Q5_0": 1, "Q5_1": 2, "Q4_K": 2, "Q5_K": 2, "Q6_K": -1}  # number of fp16 scales, at the start or the end
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", K_TYPES)
+def test_blocks_of_every_kind_equal_transformers_import(tmp_path, kind):
+    """Blocks of random codes; only their scales are drawn to be numbers of a weight's size."""
+    quantisation = gguf.GGMLQuantizationType[kind]
+    size, width = gguf.GGML_QUANT_SIZES[quantisation]
+    generator = np.random.default_rng(0)
+
+    def blocks(values, _):
+        raw = generator.integers(0, 256, (len(values), values.shape[1] // size, width), dtype=np.uint8)
+        scales = generator.uniform(0.001, 0.01, (*raw.shape[:2], abs(K_TYPES[kind]))).astype(np.float16).view(np.uint8)
+        raw[..., slice(0, scales.shape[2]) if K_TYPES[kind] > 0 else slice(-2, None)] = scales
+        return raw.reshape(len(values), -1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.quants, "quantize", blocks)
+        for name, value in (("WIDTH", 256), ("INNER", 512)):
+            patch.setitem(globals(), name, value)
+        path = write_tiny(tmp_path / "tiny.gguf", kind=quantisation)
+    state, ours = theirs(path).state_dict(), load_model(path).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.items())
+    assert 0.01 < ours["model.layers.0.mlp.up_proj.weight"].std() < 10
+
+
+def change(old, new):
+    """Return a change to a file's content that keeps its length."""
+    assert len(old) == len(new)
+    return lambda content: content.__setitem__(slice(content.index(old), content.index(old) + len(old)), new)
+
+
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [
+        (b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight", "duplicated tensor with name blk.0.ffn_up.weight"),
+        (b"llama.embedding_length", b"llama.attention.head_c", "the field llama.attention.head_c is not known"),
+        (b"general.architecture", b"general.architectura", "architecture None is not supported"),
+        (b"blk.1.ffn_up.weight", b"blk.1.ffn_op.weight", "blk.1.ffn_op.weight is not part of this model"),
+        (b"blk.1.ffn_up.weight", b"blk.7.ffn_up.weight", "model.layers.7.mlp.up_proj.weight is not part"),
+        (b"llama.block_count", b"llama.block_caunt", "llama.block_caunt is not known"),
+        (b"llama.context_length", b"llama.embedding_len1", "is not known"),
+    ],
+)
+def test_changed_names_are_refused(tmp_path, old, new, expected):
+    assert expected in damaged(write_tiny(tmp_path / "tiny.gguf"), change(old, new))
+
+
+def test_two_fields_of_one_name_are_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.kv_data[0]["aaaa"] = writer.kv_data[0]["bbbb"] = writer.kv_data[0]["general.architecture"]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "Duplicate aaaa" in damaged(tmp_path / "tiny.gguf", change(b"bbbb", b"aaaa"))
+
+
+@pytest.mark.parametrize("number, name", [(float("nan"), "NaN"), (float("inf"), "infinity")])
+def test_numbers_that_are_not_finite_are_named(tmp_path, number, name):
+    path = write_tiny(tmp_path / "tiny.gguf", kind=gguf.GGMLQuantizationType.F32)
+    tensor = next(t for t in read_file(path, arrays=False)[1] if t.name == "blk.1.ffn_up.weight")
+    place, stored = slice(tensor.data_offset, tensor.data_offset + 4), np.float32(number).tobytes()
+    message = damaged(path, lambda content: content.__setitem__(place, stored))
+    assert "model.layers.1.mlp.up_proj.weight holds a NaN or infinity" in message and name in message
+
+
+@pytest.mark.parametrize("key, value", [
+    ("llama.attention.head_count", 0), ("llama.embedding_length", 0), ("llama.embedding_length", 1 << 31),
+    ("llama.attention.head_count_kv", 3), ("llama.vocab_size", 7), ("llama.feed_forward_length", 1 << 31),
+])  # fmt: skip
+def test_sizes_that_cannot_be_are_refused_at_once(tmp_path, key, value):
+    def put(content):
+        at = content.index(key.encode()) + len(key) + 4
+        content[at : at + 4] = value.to_bytes(4, "little")
+
+    assert damaged(write_tiny(tmp_path / "tiny.gguf"), put)
+
+
+def test_a_value_of_another_type_is_refused(tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf", extra={"llama.attention.key_length": 16})
+    text = gguf.GGUFValueType.FLOAT32.to_bytes(4, "little")
+
+    def put(content):
+        at = content.index(b"llama.attention.key_length") + len(b"llama.attention.key_length")
+        content[at : at + 4] = text
+
+    assert "llama.attention.key_length is 2.2" in damaged(path, put)
 
 
 def damaged(path, change):
