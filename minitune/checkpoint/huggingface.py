@@ -15,7 +15,9 @@ from minitune.checkpoint.prequantized import expand, settings_of
 from minitune.errors import CheckpointError
 from minitune.files import atomic_folder, read_json, write_json
 from minitune.model.lora import lora_modules, quantized_weights
+from minitune.model.names import checkpoint_name, is_transposed
 from minitune.model.transformer import Transformer
+from minitune.ops.nf4 import QuantizedTensor
 from minitune.safetensors_io import StoredTensor, read_header, write_tensors
 
 SINGLE = "model.safetensors"
@@ -144,7 +146,15 @@ def save_model(
             tokenizer.save(temporary)
         write_json(temporary / "config.json", config)
         write_json(temporary / "generation_config.json", {k: v for k, v in generation.items() if v not in (None, [])})
-        _write_shards(temporary, model.state_dict() | expand(quantized), max_shard_bytes)
+        _write_shards(temporary, _stored_tensors(model, quantized), max_shard_bytes)
+
+
+def _stored_tensors(model: Transformer, quantized: dict[str, QuantizedTensor]) -> dict[str, torch.Tensor]:
+    """Return what the files hold: tensors by the family's names, GPT-2's as (in, out) unless they are quantised."""
+    config, tensors = model.config, {}
+    for name, tensor in model.state_dict().items():
+        tensors[checkpoint_name(config, name)] = tensor.mT if is_transposed(config, name) else tensor
+    return tensors | {checkpoint_name(config, name): tensor for name, tensor in expand(quantized).items()}
 
 
 def check_output(folder: str | Path, *, overwrite: bool) -> None:

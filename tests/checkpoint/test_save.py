@@ -3,17 +3,23 @@
 import errno
 import json
 import os
+import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from minitune import safetensors_io
 from minitune.checkpoint.huggingface import save_model
 from minitune.checkpoint.load import load_model, load_tokenizer
 from minitune.errors import CheckpointError
+from minitune.inspect import describe
 from minitune.safetensors_io import read_tensors, write_tensors
+from tests.parity.cases import Case, main_cases
+from tests.parity.twins import quiet, write
 
 IDS = torch.arange(2 * 9).view(2, 9) * 13 % 256
 
@@ -34,6 +40,70 @@ def test_folder_goes_round_through_transformers(tiny_folder, tmp_path, tie, limi
     assert torch.equal(theirs(IDS).logits, original(IDS).logits)
     assert torch.equal(load_model(tmp_path / "saved")(IDS), model(IDS))
     assert load_model(tmp_path / "saved").config == model.config
+
+
+@pytest.fixture(scope="module", params=main_cases(), ids=lambda case: case.family)
+def family(request, tmp_path_factory) -> tuple[Case, Path]:
+    """A tiny model of each family, as transformers writes it in fp32."""
+    folder = tmp_path_factory.mktemp("family") / "m"
+    write(request.param, folder)
+    return request.param, folder
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Return a folder's tensors by the names that its files have."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def theirs(folder: Path):
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """Whether names, dtypes, shapes and bits are equal."""
+    return found.keys() == expected.keys() and all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in expected.items()
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_family_goes_round_in_equal_bits(family, tmp_path, dtype):
+    """In, out, in, single and sharded; what is in our files is what transformers wrote, names and layout included."""
+    expected = {name: tensor.to(getattr(torch, dtype)) for name, tensor in stored(family[1]).items()}
+    source = tmp_path / "source"
+    shutil.copytree(family[1], source)
+    write_tensors(source / "model.safetensors", expected)
+    model = load_model(source)
+    save_model(model, None, tmp_path / "one")
+    save_model(model, None, tmp_path / "many", max_shard_bytes=30_000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    for folder in (tmp_path / "one", tmp_path / "many"):
+        again = load_model(folder)
+        assert again.dtype == getattr(torch, dtype) and again.config == model.config
+        assert same(again.state_dict(), model.state_dict()) and same(stored(folder), expected)
+        assert describe(folder)["problems"] == []
+
+
+@torch.no_grad()
+def test_transformers_reads_every_family(family, tmp_path):
+    """From several files, with the logits of the folder that it wrote itself."""
+    save_model(load_model(family[1]), None, tmp_path / "m", max_shard_bytes=30_000)
+    before, after = theirs(family[1]), theirs(tmp_path / "m")
+    ids = IDS % before.config.vocab_size
+    assert after.dtype == torch.float32 and torch.equal(after(ids).logits, before(ids).logits)
+
+
+@torch.no_grad()
+def test_every_family_goes_round_in_four_bits(family, tmp_path):
+    """GPT-2's weights lie the other way round in its folders, but not when they are quantised."""
+    model = load_model(family[1], quantize="nf4", keep_quantized=False)
+    save_model(model, None, tmp_path / "m")
+    again = load_model(tmp_path / "m")
+    assert again.config == model.config
+    assert torch.equal(again(IDS % model.config.vocab_size), model(IDS % model.config.vocab_size))
+    assert describe(tmp_path / "m")["problems"] == []
 
 
 def test_tokenizer_template_and_stop_ids_come_along(tiny_folder, tmp_path):
