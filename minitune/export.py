@@ -1,4 +1,4 @@
-"""`python -m minitune.export`: write a model, with an adapter merged in, as a Hugging Face folder."""
+"""`python -m minitune.export`: write a model, with an adapter merged in, as a Hugging Face folder or a GGUF file."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,21 +23,23 @@ class ExportConfig:
 
     Args:
         model: a fetched name, a Hugging Face folder or a .gguf file.
-        output: the folder to write.
+        output: the folder to write, or the .gguf file.
+        format: hf is a Hugging Face folder; gguf is one file for llama.cpp, tokenizer and chat template included.
         adapter: an adapter's folder, as training writes it.
         merge: fold the adapter into the weights.
         dtype: of the weights written; as stored by default (float32 for a quantised GGUF). nf4 and fp4 store the linear
-            layers in 4 bits, as bitsandbytes does; not with merge.
+            layers in 4 bits, as bitsandbytes does; not with merge. q8_0 (8 bits and a scale for each 32) is GGUF's.
         quantize: with merge, what the adapter's base was kept in when it was trained; auto reads that from the adapter.
         max_shard_gb: above this many gigabytes the weights are split over several files.
-        overwrite: replace an exported model that is in the output folder.
+        overwrite: replace what was exported there before.
     """
 
     model: str
     output: str
+    format: Literal["hf", "gguf"] = "hf"
     adapter: str | None = None
     merge: bool = False
-    dtype: Literal["float32", "bfloat16", "float16", "nf4", "fp4"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "nf4", "fp4", "q8_0"] | None = None
     quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
     max_shard_gb: float = 4.0
     overwrite: bool = False
@@ -55,6 +57,11 @@ class ExportConfig:
             )
         if self.quantize != "auto" and not self.merge:
             raise ConfigError("quantize belongs to merge; to write 4 bits, use --dtype nf4")
+        if self.dtype in ((*FOUR_BITS,) if self.format == "gguf" else ("q8_0",)):
+            other = "--format hf" if self.format == "gguf" else "--format gguf"
+            raise ConfigError(f"dtype {self.dtype} is not one of --format {self.format}; use {other}, or another dtype")
+        if self.format == "gguf" and self.max_shard_gb != ExportConfig.max_shard_gb:
+            raise ConfigError("max_shard_gb belongs to --format hf; a GGUF file is one file")
         if not self.max_shard_gb > 0:
             raise ConfigError(f"max_shard_gb is {self.max_shard_gb}; it must be above 0")
 
@@ -63,32 +70,56 @@ def main(argv: list[str] | None = None) -> None:
     """Export as `argv` says."""
     config = parse(
         ExportConfig, argv, prog="python -m minitune.export",
-        description="Write a model, with an adapter merged in, as a folder that transformers and others load.",
+        description="Write a model, with an adapter merged in, for transformers and others, or for llama.cpp.",
     )  # fmt: skip
-    from minitune.checkpoint.huggingface import check_output, save_model
     from minitune.checkpoint.load import has_tokenizer, load_model, load_tokenizer
-    from minitune.files import write_json
 
-    check_output(config.output, overwrite=config.overwrite)
-    tokenizer = load_tokenizer(config.model) if has_tokenizer(config.model) else None
+    _check_output(config)
+    tokenizer = load_tokenizer(config.model, adapter=config.adapter) if has_tokenizer(config.model) else None
     if tokenizer is None:
         print(f"{config.model} has no tokenizer; none is written")
     report = None
     if config.merge:
         # A merge starts from what is stored, so that a weight is rounded to the dtype once, with its update.
         model = load_model(config.model, adapter=config.adapter, quantize=config.quantize, keep_quantized=False)
-        report = merged(model, tokenizer, config.dtype)
+        report = merged(model, tokenizer, "float32" if config.dtype == "q8_0" else config.dtype)
     elif config.dtype in FOUR_BITS:
         model = load_model(config.model, quantize=config.dtype, keep_quantized=False)
+    else:  # GGUF keeps vectors in fp32, so that only what is written is rounded
+        model = load_model(config.model, dtype=None if config.format == "gguf" else config.dtype)
+    _save(config, model, tokenizer, report)
+    chat = " --chat" if tokenizer is not None and tokenizer.chat_template else ""
+    print(f"written to {config.output}; load it with: python -m minitune.generate --model {config.output}{chat}")
+
+
+def _check_output(config: ExportConfig) -> None:
+    """Raise CheckpointError where the output is in the way, before anything is loaded."""
+    if config.format == "gguf":
+        from minitune.checkpoint.gguf_writer import check_gguf_output as check_output
     else:
-        model = load_model(config.model, dtype=config.dtype)
+        from minitune.checkpoint.huggingface import check_output
+    check_output(config.output, overwrite=config.overwrite)
+
+
+def _save(config: ExportConfig, model: Any, tokenizer: Any, report: dict[str, Any] | None) -> None:
+    """Write the model in the format asked for, and beside a folder's weights what a merge did."""
+    if config.format == "gguf":
+        from minitune.checkpoint.gguf_writer import save_gguf
+
+        for note in save_gguf(model, tokenizer, config.output, dtype=config.dtype, overwrite=config.overwrite):
+            print(f"note: {note}")
+        if report and config.dtype == "q8_0":
+            print("note: the merge was into float32; the file rounds it to 8 bits after that")
+        return
+    from minitune.checkpoint.huggingface import save_model
+    from minitune.files import write_json
+
     save_model(
         model, tokenizer, config.output,
         max_shard_bytes=int(config.max_shard_gb * 1e9), overwrite=config.overwrite,
     )  # fmt: skip
     if report:
         write_json(Path(config.output) / "merge_report.json", report)
-    print(f"written to {config.output}; load it with: python -m minitune.generate --model {config.output} --chat")
 
 
 def merged(model: Any, tokenizer: Any, dtype: str | None) -> dict[str, Any]:

@@ -52,6 +52,44 @@ def test_conversion_without_adapter_and_without_tokenizer(tiny_folder, tmp_path,
     assert load_model(tmp_path / "out").model.norm.weight.dtype == torch.bfloat16
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [[], ["--dtype", "float32"]])
+def test_merged_gguf_answers_alike_in_transformers(folders, tmp_path, capsys, options):
+    base, adapter, expected = folders
+    output = tmp_path / "out" / "merged.gguf"
+    export = ["--model", str(base), "--output", str(output), "--format", "gguf", *options]
+    main([*export, "--adapter", str(adapter), "--merge"])
+    printed = capsys.readouterr().out
+    assert "merged 14 layers" in printed and f"--model {output} --chat" in printed
+    logits = AutoModelForCausalLM.from_pretrained(output.parent, gguf_file=output.name)(IDS).logits
+    assert (logits - expected).norm() / expected.norm() < 1e-5
+    with pytest.raises(CheckpointError, match="merged.gguf exists already; choose another, or add --overwrite"):
+        main(export)
+    main([*export, "--overwrite"])
+    assert [path.name for path in output.parent.iterdir()] == ["merged.gguf"]
+
+
+def test_rows_that_q8_0_cannot_take_are_refused(folders, tmp_path):
+    base, adapter, _ = folders  # its rows of 48 are no multiple of 32
+    export = ["--model", str(base), "--adapter", str(adapter), "--merge", "--output", str(tmp_path / "out.gguf")]
+    with pytest.raises(CheckpointError, match="a multiple of 32: model.layers.0.mlp.down_proj.weight"):
+        main([*export, "--format", "gguf", "--dtype", "q8_0"])
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_conversion_to_gguf_rounds_matrices_alone(tiny_folder, tmp_path, capsys):
+    base = tiny_folder(tmp_path / "base", intermediate_size=64, tokenizer=False)
+    main(["--model", str(base), "--output", str(tmp_path / "out.gguf"), "--format=gguf", "--dtype=q8_0"])
+    assert "has no tokenizer" in capsys.readouterr().out
+    stored, read = load_model(base).state_dict(), load_model(tmp_path / "out.gguf").state_dict()
+    for name, weight in stored.items():
+        if weight.dim() == 1:
+            assert torch.equal(read[name], weight)
+        else:  # half a step of 1/127 of the largest in 32, and fp16's rounding of that
+            limit = weight.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 127 * 0.5 * 1.1 + 1e-3
+            assert ((read[name] - weight).abs().unflatten(-1, (-1, 32)) <= limit).all()
+
+
 def test_a_merge_into_fewer_bits_rounds_once(folders, tmp_path, capsys):
     """bf16 has steps of 2^-7 above 1. A weight of 1 + 2^-8 - 2^-12 alone rounds down, to 1, and an update of 2^-9 to
     that would be lost. Their sum lies above the middle and rounds up. By hand, with U = 2^-9 and the change
@@ -109,6 +147,9 @@ def test_overwriting_is_explicit_and_spares_other_folders(folders, tmp_path):
         (["--adapter", "x"], "add --merge"),
         (["--dtype", "int4"], "dtype"),
         (["--max_shard_gb", "0"], "max_shard_gb is 0"),
+        (["--format", "gguf", "--dtype", "nf4"], "dtype nf4 is not one of --format gguf"),
+        (["--dtype", "q8_0"], "use --format gguf"),
+        (["--format", "gguf", "--max_shard_gb", "1"], "a GGUF file is one file"),
         (["--adaptor", "x"], "did you mean 'adapter'"),
     ],
 )
