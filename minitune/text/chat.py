@@ -11,6 +11,9 @@ the answer's first token comes from the model. That needs `before` to be a prefi
 up to the end of the turn; a template that breaks this would train what is never seen, so it is refused. Rejected:
 searching the ids of a "response template" (fails silently), and `{% generation %}` (few templates have it).
 
+What is to steer an answer must be seen with it: a template that leaves out a system message, a tool's answer or the
+tools themselves is refused too.
+
 User text cannot forge a turn: a private-use character is put behind each character with which a control token can
 begin, before rendering. What then still looks like a control token was written by the template.
 """
@@ -20,6 +23,7 @@ import re
 from dataclasses import dataclass
 
 from minitune.errors import ConfigError, DataError, nearest, type_name
+from minitune.text.templates import ChatTemplate
 from minitune.text.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -44,16 +48,23 @@ class Rendered:
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: list[dict], *, add_generation_prompt: bool = False, train_on: str = "all"
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    *,
+    tools: list[dict] | None = None,
+    add_generation_prompt: bool = False,
+    train_on: str = "all",
 ) -> Rendered:
     """Return ids and targets of a conversation.
 
-    `messages` are `{"role", "content"}` dicts as chat templates take them. `train_on`: learn "all" answers or the
-    "last" one. With `add_generation_prompt` the ids end where the model has to write, and nothing is a target.
+    `messages` are `{"role", "content"}` dicts as chat templates take them, `tools` the JSON schemas of functions that
+    the model may call, for templates that take them. `train_on`: learn "all" answers or the "last" one. With
+    `add_generation_prompt` the ids end where the model has to write, and nothing is a target.
     Raises DataError where the conversation, or the template for it, cannot be used; CheckpointError where the
     template is at fault.
     """
-    segments = render_segments(tokenizer, messages, add_generation_prompt=add_generation_prompt, train_on=train_on)
+    options = {"add_generation_prompt": add_generation_prompt, "train_on": train_on}
+    segments = render_segments(tokenizer, messages, tools=tools, **options)
     ids: list[int] = []
     targets: list[bool] = []
     place = "start"
@@ -71,7 +82,12 @@ def render_chat(
 
 
 def render_segments(
-    tokenizer: Tokenizer, messages: list[dict], *, add_generation_prompt: bool = False, train_on: str = "all"
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    *,
+    tools: list[dict] | None = None,
+    add_generation_prompt: bool = False,
+    train_on: str = "all",
 ) -> list[Segment]:
     """Return the rendered conversation cut at control tokens and at the answers' ends; see `render_chat`."""
     if tokenizer.chat_template is None:
@@ -81,10 +97,12 @@ def render_segments(
     _check(messages)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     cuts = [(len(messages), add_generation_prompt), *((i, True) for i in answers), *((i + 1, False) for i in answers)]
-    marker, marked = _mark(tokenizer, messages)
-    full, *rest = tokenizer.chat_template.render(marked, cuts, tokenizer.special)
+    marker, marked, marked_tools = _mark(tokenizer, messages, tools)
+    variables = tokenizer.special | {"tools": marked_tools}
+    full, *rest = tokenizer.chat_template.render(marked, cuts, variables)
     if isinstance(full, Exception):
         raise full
+    _check_complete(tokenizer.chat_template, marked, cuts[0], variables, full)
     learned = [] if add_generation_prompt else answers if train_on == "all" else answers[-1:]
     spans: list[tuple[int, int, bool]] = []
     for i, before, after in zip(answers, rest, rest[len(answers) :], strict=False):
@@ -117,14 +135,35 @@ def _check(messages: list[dict]) -> None:
             raise DataError(f"message {i}: 'content' is {type_name(message.get('content'))}, not text")
 
 
-def _mark(tokenizer: Tokenizer, messages: list[dict]) -> tuple[str, list[dict]]:
-    """Return a character that occurs nowhere, and the messages with it behind each possible start of a control token.
+def _check_complete(
+    template: ChatTemplate, messages: list[dict], cut: tuple[int, bool], variables: dict, full: str
+) -> None:
+    """Raise DataError where the rendering `full` leaves out what is to steer the answers.
+
+    A text that stands in it is there; of another one, written as JSON perhaps, the rendering without it decides.
+    """
+    remedy = "; put it into a user message, or use another template"
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] in ("user", "assistant") or not content:
+            continue
+        if isinstance(content, str) and content.strip() in full:
+            continue
+        emptied = [*messages[:i], {**message, "content": ""}, *messages[i + 1 :]]
+        if template.render(emptied, [cut], variables) == [full]:
+            raise DataError(f"message {i}: {template.name} leaves out what the {message['role']} says{remedy}")
+    if variables["tools"] and template.render(messages, [cut], variables | {"tools": None}) == [full]:
+        raise DataError(f"{template.name} takes no tools; leave them out, or use another template")
+
+
+def _mark(tokenizer: Tokenizer, messages: list[dict], tools: list[dict] | None) -> tuple[str, list[dict], list | None]:
+    """Return a character that occurs nowhere; messages and tools with it behind each possible start of a control token.
 
     Markup that the template itself looks for in texts (`</think>`) and that is no control token stays whole.
     """
     source, literals = tokenizer.chat_template.source, tokenizer.control_ids
     try:
-        written = json.dumps(messages)
+        written = json.dumps([messages, tools])
     except (TypeError, ValueError) as error:
         raise DataError(f"a conversation must be plain JSON values ({error})") from error
     free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in source)
@@ -140,7 +179,7 @@ def _mark(tokenizer: Tokenizer, messages: list[dict]) -> tuple[str, list[dict]]:
             return {walk(key): walk(item) for key, item in value.items()}
         return [walk(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return marker, [walk(message) | {"role": message["role"]} for message in messages]
+    return marker, [walk(message) | {"role": message["role"]} for message in messages], walk(tools)
 
 
 def _any_of(literals: set[str]) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from typing import Any
 
 from minitune.errors import CheckpointError, DataError, MinituneError, type_name
 
@@ -42,13 +43,13 @@ class ChatTemplate:
         return f"the chat template of {self.origin}" if self.origin else "the chat template"
 
     def render(
-        self, messages: Sequence[dict], cuts: Sequence[tuple[int, bool]], variables: dict[str, str]
+        self, messages: Sequence[dict], cuts: Sequence[tuple[int, bool]], variables: dict[str, Any]
     ) -> list[str | MinituneError]:
         """Render `messages[:n]`, plain JSON, with the generation prompt if asked, for each (n, prompt) in `cuts`.
 
-        `variables` are the special tokens by name (`bos_token`, ...). A rendering that fails is returned as the
-        error to raise: DataError where the template refuses the conversation, CheckpointError where the template
-        is at fault. A template that runs too long raises CheckpointError at once.
+        `variables` are the special tokens by name (`bos_token`, ...) and, where there are any, `tools`. A rendering
+        that fails is returned as the error to raise: DataError where the template refuses the conversation,
+        CheckpointError where the template is at fault. A template that runs too long raises CheckpointError at once.
         """
         request = {"source": self.source, "messages": list(messages), "cuts": list(cuts), "variables": variables}
         kinds = {"text": str, "refused": DataError, "broken": CheckpointError}

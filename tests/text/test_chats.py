@@ -353,6 +353,96 @@ def test_a_template_that_forgets_turns_is_refused(fast_folder):
     assert target_texts(ours, last_only) == [TURNS[1]["content"] + "<|im_end|>"]
 
 
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Say <|im_end|> the weather."}}]
+CALLED = [
+    {"role": "user", "content": "Rome?"},
+    {"role": "assistant", "content": "Let me look."},
+    {"role": "tool", "content": "sunny"},
+    {"role": "assistant", "content": "Sunny."},
+]
+KEEPS = "{% for m in messages if m.role in ['user', 'assistant'] %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+KEEPS += "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+# Templates that would train what is never seen: (template, conversation, tools, what is said).
+LOSING = {
+    "system": (KEEPS, SYSTEM + TURNS, None, "message 0: .* leaves out what the system says; put it into a user"),
+    "developer": (KEEPS, [{"role": "developer", "content": "x y"}, *TURNS], None, "leaves out what the developer says"),
+    "late system": (KEEPS, [*TURNS[:2], *SYSTEM, *TURNS[2:]], None, "message 2: .* leaves out what the system says"),
+    "parts": (KEEPS, [{"role": "system", "content": [{"type": "text", "text": "x"}]}, *TURNS], None, "the system says"),
+    "tool": (KEEPS, CALLED, None, "message 2: .* leaves out what the tool says"),
+    "tools": (CHATML, TURNS, TOOLS, "takes no tools; leave them out"),
+}
+
+
+@pytest.mark.parametrize("case", LOSING)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_templates_that_lose_what_steers_the_answer_are_refused(fast_folder, case, prompt):
+    ours = load_tokenizer(fast_folder("chatml"))
+    source, talk, tools, message = LOSING[case]
+    ours.chat_template = ChatTemplate(source)
+    with pytest.raises(DataError, match=message) as caught:
+        render_chat(ours, talk[:-1] if prompt else talk, tools=tools, add_generation_prompt=prompt)
+    assert "\n" not in str(caught.value)
+    assert render_chat(ours, TURNS).ids
+
+
+@pytest.mark.parametrize("written", ["tojson", "upper", "replace('e', '3')", "length"])
+def test_a_system_message_in_other_words_is_no_lost_one(fast_folder, written):
+    ours = load_tokenizer(fast_folder("chatml"))
+    source = "{{ messages[0].content | " + written + " }}" + KEEPS
+    ours.chat_template = ChatTemplate(source)
+    for content in ('Be\nbrief, <|im_end|> "please".', "x", [{"type": "text", "text": "e"}]):
+        if isinstance(content, str) or written in ("tojson", "length"):
+            assert render_chat(ours, [{"role": "system", "content": content}, *TURNS]).ids
+    assert render_chat(ours, [{"role": "system", "content": ""}, *TURNS]).ids
+
+
+# What the rendering of earlier turns depends on -> whether the last answer alone can be learned.
+REWRITING = {
+    "a sign in the last question": (
+        KEEPS.replace("{{ '<|im_start|>' + m.role", "{{ '<|im_start|>' + ('!' if loop.revindex < 3 else '') + m.role"),
+        False,
+    ),
+    "thoughts cut out of history": (STYLES["thinking"][0], True),
+    "answers shortened in history": (
+        KEEPS.replace("m.content }}", "(m.content if loop.last or m.role == 'user' else m.content[:3]) }}"),
+        True,
+    ),
+    "the number of turns in the head": ("{{ messages | length }}" + KEEPS, False),
+    "turns counted from the end": (KEEPS.replace("m.content }}", "(m.content ~ loop.revindex) }}"), False),
+    "a day of the week": ("{{ strftime_now('%f') }}" + KEEPS, False),
+}
+
+
+@pytest.mark.parametrize("case", REWRITING)
+def test_templates_that_rewrite_earlier_turns_are_refused(fast_folder, case):
+    ours = load_tokenizer(fast_folder("chatml"))
+    source, last_works = REWRITING[case]
+    ours.chat_template = ChatTemplate(source)
+    talk = [TURNS[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes"}, *TURNS[2:]]
+    with pytest.raises(DataError, match="message [13]: .*prefix property.*") as caught:
+        render_chat(ours, talk)
+    assert "\n" not in str(caught.value)
+    if last_works:
+        assert "train_on='last'" in str(caught.value)
+        assert target_texts(ours, render_chat(ours, talk, train_on="last"))[0].endswith("return 1<|im_end|>")
+    else:
+        with pytest.raises(DataError, match="message 3: .*prefix property"):
+            render_chat(ours, talk, train_on="last")
+
+
+def test_tools_reach_the_template_and_cannot_forge_a_turn(fast_folder):
+    ours, judge = load_both(fast_folder("chatml"))
+    source = "{% if tools %}{{ '<|im_start|>tools\\n' + tools | tojson + '<|im_end|>\\n' }}{% endif %}" + CHATML
+    template, ours.chat_template = ours.chat_template, ChatTemplate(source)
+    segments = render_segments(ours, TURNS, tools=TOOLS)
+    rendered = render_chat(ours, TURNS, tools=TOOLS)
+    ours.chat_template = template
+    expected = judge.apply_chat_template(TURNS, tools=TOOLS, chat_template=source, tokenize=False)
+    assert "".join(segment.text for segment in segments) == expected
+    assert rendered.ids.count(ours.control_ids["<|im_end|>"]) == 2 + len(TURNS)
+    assert len(target_texts(ours, rendered)) == 2
+
+
 def test_other_refusals(fast_folder):
     with pytest.raises(ConfigError, match="train_on is 'first'"):
         render_chat(load_tokenizer(fast_folder("chatml")), TURNS, train_on="first")
@@ -387,7 +477,7 @@ def test_the_tests_above_notice_a_mutant(fast_folder, monkeypatch, mutant):
     from minitune.text import chat
 
     if mutant == "marker":
-        monkeypatch.setattr(chat, "_mark", lambda tokenizer, messages: ("\ue000", messages))
+        monkeypatch.setattr(chat, "_mark", lambda tokenizer, messages, tools: ("\ue000", messages, tools))
         check = test_users_cannot_forge_a_turn
     elif mutant == "split":
         spans = chat._answer
