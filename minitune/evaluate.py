@@ -107,7 +107,7 @@ def _perplexity(model: Any, tokenizer: Any, text: str, config: EvaluateConfig) -
 
     from minitune.evaluation.perplexity import perplexity
 
-    window = config.window or min(1024, model.config.max_positions)
+    window = config.window or min(1024, model.config.longest)
     with tqdm(desc="perplexity", unit=" tokens") as bar:
         return asdict(
             perplexity(

@@ -182,9 +182,9 @@ def _asked(record: Any, model: Any, tokenizer: Any, max_new_tokens: int) -> Aske
         ids = encode_prompt(tokenizer, prompt, raw=not chat)
     except (ConfigError, DataError) as error:
         raise DataError(f"{record.origin}: {error}") from None
-    if len(ids) + max_new_tokens > model.config.max_positions:
+    if len(ids) + max_new_tokens > model.config.longest:
         found = f"{record.origin}: {len(ids)} tokens and {max_new_tokens} new ones, but the model reads at most"
-        raise DataError(f"{found} {model.config.max_positions}; remove the row or lower max_new_tokens")
+        raise DataError(f"{found} {model.config.longest}; remove the row or lower max_new_tokens")
     return Asked(prompt, ids, record.origin)
 
 

@@ -18,7 +18,14 @@ from typing import Any, Protocol
 
 import torch
 
-from minitune.checkpoint.adapter import adapter_quantization, all_finite, fail_listing, load_adapter, misfits
+from minitune.checkpoint.adapter import (
+    adapter_quantization,
+    all_finite,
+    fail_listing,
+    load_adapter,
+    load_adapters,
+    misfits,
+)
 from minitune.checkpoint.huggingface import open_folder, refuse_pickle, save_model
 from minitune.checkpoint.prequantized import StoredQuantized, check_settings, configuration, group, kept_folder
 from minitune.device import as_dtype
@@ -51,7 +58,7 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
     quantize: QuantizationConfig | str | None = None,
     keep_quantized: bool = True,
 ) -> Transformer:
@@ -62,7 +69,7 @@ def load_model(
         dtype: "float32", "bfloat16", "float16" or the torch dtype. None: as stored (where dtypes are mixed, that of
             most elements); fp32 for a quantised GGUF.
         device: where the weights go, each as it arrives; the CPU by default.
-        adapter: a folder in PEFT's format, added on top (see `load_adapter`).
+        adapter: a folder in PEFT's format, added on top (see `load_adapter`), or several by name (`load_adapters`).
         quantize: "nf4", "fp4", "int8" or a QuantizationConfig: keep the linear layers' weights in that; `dtype` is then
             that of the rest and of the arithmetic. "auto": as the base of `adapter` was in its training. A folder in
             bitsandbytes' 4 bits is read as it is.
@@ -78,7 +85,8 @@ def load_model(
     """
     path = resolve(name_or_path)
     if quantize == "auto":
-        quantize = None if adapter is None else adapter_quantization(resolve(adapter))
+        folders = () if adapter is None else adapter.values() if isinstance(adapter, Mapping) else (adapter,)
+        quantize = _one_quantization([resolve(folder) for folder in folders])
     elif isinstance(quantize, str):
         quantize = None if quantize == "none" else QuantizationConfig(quantize)
     fields, tensors = open_model(path)
@@ -91,9 +99,19 @@ def load_model(
         model = _build(path, fields, tensors, dtype, device, quantize)
         if kept:
             _keep(model, kept)
-    if adapter is not None:
+    if isinstance(adapter, Mapping):
+        load_adapters(model, {name: resolve(folder) for name, folder in adapter.items()}, str(name_or_path))
+    elif adapter is not None:
         load_adapter(model, resolve(adapter), str(name_or_path))
     return model.eval()
+
+
+def _one_quantization(adapters: list[Path]) -> QuantizationConfig | None:
+    """Return how the base of all these adapters was quantised; ConfigError where it was not the same for all."""
+    found = [adapter_quantization(folder) for folder in adapters]
+    if any(one != found[0] for one in found):
+        raise ConfigError("the adapters were trained on a base quantised in different ways; say which with quantize")
+    return found[0] if found else None
 
 
 def _load_kept(kept: Path, dtype: torch.dtype, device, quantize: QuantizationConfig) -> Transformer | None:
@@ -163,7 +181,7 @@ def _put(model, name: str, stored, dtype, device, quantize: QuantizationConfig |
     module.replace_weight(dataclasses.replace(weight, dtype=dtype))
 
 
-def load_tokenizer(name_or_path: str | Path, *, adapter: str | Path | None = None) -> Any:
+def load_tokenizer(name_or_path: str | Path, *, adapter: str | Path | Mapping | None = None) -> Any:
     """Return the tokenizer of a fetched name, a folder or a .gguf file; errors as `minitune.text` raises them.
 
     That of `adapter` takes its place where it has more tokens: they were added in its training.
@@ -171,7 +189,7 @@ def load_tokenizer(name_or_path: str | Path, *, adapter: str | Path | None = Non
     from minitune.text.tokenizer import load_tokenizer as load  # jinja2 and tokenizers: not needed for weights
 
     tokenizer = load(_gguf_file(resolve(name_or_path)))
-    if adapter is not None and has_tokenizer(adapter):
+    if isinstance(adapter, str | Path) and has_tokenizer(adapter):  # several bring no tokens
         theirs = load(resolve(adapter))
         return theirs if theirs.vocab_size > tokenizer.vocab_size else tokenizer
     return tokenizer
@@ -189,7 +207,7 @@ def stored_positions(path: Path) -> int | None:
     if path.is_dir() and not (path / "config.json").is_file():
         return None
     fields = read_json(path / "config.json") if path.is_dir() else open_model(path)[0]
-    return fields.get("max_position_embeddings", ModelConfig.max_positions)
+    return ModelConfig.from_hf({**fields, "quantization_config": None}, where=str(path)).longest
 
 
 def open_model(path: Path) -> tuple[dict[str, Any], Mapping[str, Stored]]:

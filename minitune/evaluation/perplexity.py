@@ -73,8 +73,8 @@ def score_ids(
 ) -> Perplexity:
     """Score token ids; arguments and errors as in `perplexity`."""
     stride = window if stride is None else stride
-    if not 2 <= window <= model.config.max_positions:
-        raise ConfigError(f"window is {window}; it must be 2 to the model's {model.config.max_positions} positions")
+    if not 2 <= window <= model.config.longest:
+        raise ConfigError(f"window is {window}; it must be 2 to the model's {model.config.longest} positions")
     if not 1 <= stride <= window:
         raise ConfigError(f"stride is {stride}; it must be 1 to the window, {window}, or tokens would be left out")
     if batch_size < 1:

@@ -81,9 +81,9 @@ def last_hidden(model: Transformer, texts: Sequence[Example], batch_size: int, w
     from tqdm import tqdm
 
     for text in texts:
-        if len(text.ids) > model.config.max_positions:
+        if len(text.ids) > model.config.longest:
             found = f"{text.origin}: {len(text.ids)} tokens with its answer, but the model that scores reads at most"
-            raise DataError(f"{found} {model.config.max_positions}; shorten or remove the row")
+            raise DataError(f"{found} {model.config.longest}; shorten or remove the row")
     result = torch.empty(len(texts), model.config.hidden_size, dtype=model.dtype, device=model.device)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
     was_training = model.training
@@ -95,7 +95,9 @@ def last_hidden(model: Transformer, texts: Sequence[Example], batch_size: int, w
             ids = torch.zeros(len(rows), int(ends.max()) + 1, dtype=torch.long)
             for place, i in enumerate(rows):
                 ids[place, : len(texts[i].ids)] = torch.tensor(texts[i].ids)
-            result[rows] = model.hidden(ids.to(model.device))[torch.arange(len(rows)), ends]
+            places = torch.arange(ids.shape[1]).expand(len(rows), -1)
+            places = places.masked_fill(places > ends[:, None], 0).to(model.device) if model.config.by_length else None
+            result[rows] = model.hidden(ids.to(model.device), positions=places)[torch.arange(len(rows)), ends]
     finally:
         model.train(was_training)
     return result

@@ -155,13 +155,13 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Read the content of a Hugging Face `config.json`; see `families.read`."""
-        from minitune.model.families import read  # which imports this file
+        """Read the content of a Hugging Face `config.json`; see `hf_config.read`."""
+        from minitune.model.hf_config import read  # which imports this file
 
         return read(fields, where)
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the content of a `config.json` that transformers reads; see `families.write`."""
-        from minitune.model.families import write
+        """Return the content of a `config.json` that transformers reads; see `hf_config.write`."""
+        from minitune.model.hf_config import write
 
         return write(self)

@@ -1,17 +1,16 @@
-"""Which values make each family, and how a Hugging Face `config.json` says them.
+"""Which values make each family, and which fields of its `config.json` say them.
 
-A field of `config.json` is used, known to change nothing, allowed at one value only, or an error: the alternative,
-ignoring what one does not know, is how a model loads without complaint and answers wrongly. A field that is not there
-has the value that transformers gives it.
+A field is used, known to change nothing, allowed at one value only, or an error: the alternative, ignoring what one
+does not know, is how a model loads without complaint and answers wrongly. A field that is not there has the value that
+transformers gives it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from minitune.errors import ConfigError, nearest
 from minitune.model.config import ModelConfig
-from minitune.model.rope import KINDS, Rope
+from minitune.model.rope import KINDS
 
 # config.json field -> our field, for fields that are used as they stand.
 _USED = {
@@ -44,13 +43,7 @@ _INERT = {
     "task_specific_params", "tokenizer_class", "torch_dtype", "transformers.js_config", "transformers_version",
     "use_cache", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
-                "gelu_pytorch_tanh": "gelu_tanh"}  # fmt: skip
-_ROPE = ("rope_scaling", "rope_parameters")  # where a rope is described: up to transformers 4, and from 5
-# Fields of that description whose names are not ours.
-_SETTINGS = {"rope_theta": "theta", "rope_type": "kind", "partial_rotary_factor": "share",
-             "original_max_position_embeddings": "original_positions"}  # fmt: skip
-_FIELD_OF = {ours: theirs for theirs, ours in _SETTINGS.items()}
+ROPE = ("rope_scaling", "rope_parameters")  # where a rope is described: up to transformers 4, and from 5
 
 
 @dataclass(frozen=True)
@@ -76,8 +69,8 @@ class Family:
     """Fields that change no logit."""
     activation: str = "hidden_act"
     """The field that names the activation."""
-    activations: tuple[str, ...] = ("silu", "swish")
-    """What it may say; the first is the default."""
+    activations: dict[str, str] = field(default_factory=lambda: {"silu": "silu", "swish": "silu"})
+    """What it may say -> our name; the first is the default."""
     rope: dict[str, str] = field(default_factory=lambda: {"rope_theta": "rope_theta"})
     """Field -> that of the rope's description, for those that may stand outside of it; empty: there is no rope."""
     rope_defaults: dict[str, float] = field(default_factory=dict)
@@ -100,6 +93,16 @@ class Family:
     """Our names of layers whose weights are stored as (in, out)."""
 
     @property
+    def reward_architecture(self) -> str:
+        """Transformers' name of the model with a score in the place of the head."""
+        return self.architecture.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
+
+    @property
+    def all_fixed(self) -> dict[str, tuple]:
+        """Fields that have only these values, those of every family among them."""
+        return _FIXED | self.fixed
+
+    @property
     def direct(self) -> dict[str, str]:
         """Field -> value, all that are used as they stand."""
         return {theirs: ours for theirs, ours in _USED.items() if theirs not in self.unused} | self.used
@@ -107,7 +110,7 @@ class Family:
     @property
     def known(self) -> set[str]:
         """All fields that are used, fixed or inert."""
-        rope = {*self.rope, *_ROPE} if self.rope else set()
+        rope = {*self.rope, *ROPE} if self.rope else set()
         return {*self.direct, *_HANDLED, *_FIXED, *self.fixed, *_INERT, *self.inert, self.activation, *self.window,
                 *self.derived, *rope}  # fmt: skip
 
@@ -141,6 +144,8 @@ _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "max_position_embeddings": 8192,
                    "query_pre_attn_scalar": 256}  # fmt: skip
 _GEMMA_FIXED = {"use_bidirectional_attention": (None, False)}
 _GELU = ("gelu_pytorch_tanh",)
+_TANH = {"gelu_pytorch_tanh": "gelu_tanh"}
+_GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", **_TANH}
 _CAPS = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logits_softcap"}
 _CLASSIC = {"norm": "layer", "gated": False, "mlp_bias": True}
 _NO_KV = ("num_key_value_heads", "head_dim", "rms_norm_eps")
@@ -172,7 +177,7 @@ FAMILIES = {
         about="Gemma 1", architecture="GemmaForCausalLM", required=(*_MANY_HEADS, "head_dim"),
         used=_BIAS, constants=_GEMMA, defaults=_GEMMA_DEFAULTS,
         fixed={**_GEMMA_FIXED, "hidden_activation": (None, *_GELU)},
-        activations=(*_GELU, "gelu"),  # the first files say gelu and mean its tanh form
+        activations={**_TANH, "gelu": "gelu_tanh"},  # the first files say gelu and mean its tanh form
         derive=lambda fields: {"embedding_scale": fields["hidden_size"] ** 0.5},
     ),
     "gemma2": Family(
@@ -180,17 +185,19 @@ FAMILIES = {
         used={**_BIAS, **_CAPS}, constants={**_GEMMA, "norm_placement": "around"},
         defaults={**_GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         fixed={**_GEMMA_FIXED, "hidden_act": _GELU},
-        activation="hidden_activation", activations=_GELU,
+        activation="hidden_activation", activations=_TANH,
         window=("sliding_window", "layer_types"),
         slides=lambda layer, fields: layer % 2 == 0,
         derive=_gemma_scales, restore=_query_scalar, derived=("query_pre_attn_scalar",),
     ),
     "gemma3_text": Family(
         about="Gemma 3 (text)", architecture="Gemma3ForCausalLM", required=(*_MANY_HEADS, "head_dim"),
-        used={**_BIAS, **_CAPS}, constants={**_GEMMA, "norm_placement": "around", "qk_norm": "head"},
+        used={**_BIAS, "final_logit_softcapping": "logits_softcap"},
+        constants={**_GEMMA, "norm_placement": "around", "qk_norm": "head"},
         defaults={**_GEMMA_DEFAULTS, "max_position_embeddings": 131072},
-        fixed={**_GEMMA_FIXED, "hidden_act": _GELU},
-        activation="hidden_activation", activations=_GELU,
+        # Transformers has no code for a cap in attention here, whatever the field says.
+        fixed={**_GEMMA_FIXED, "hidden_act": _GELU, "attn_logit_softcapping": (None,)},
+        activation="hidden_activation", activations=_TANH,
         window=("sliding_window", "layer_types", "sliding_window_pattern"),
         slides=lambda layer, fields: (layer + 1) % fields.get("sliding_window_pattern", 6) != 0,
         derive=_gemma_scales, restore=_query_scalar,
@@ -249,7 +256,7 @@ FAMILIES = {
         inert=("n_ctx", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_type", "summary_use_proj",
                "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "reorder_and_upcast_attn"),
         activation="activation_function",
-        activations=("gelu_new", "gelu_pytorch_tanh", "gelu"),
+        activations={"gelu_new": "gelu_tanh", **_GELUS},
         rope={},
         names=(
             ("model.embed_tokens", "transformer.wte"), ("model.embed_positions", "transformer.wpe"),
@@ -269,7 +276,7 @@ FAMILIES = {
         rope_defaults={"partial_rotary_factor": 0.25},
         fixed={"hidden_dropout": (0, 0.0)},
         inert=("classifier_dropout", "is_decoder"),
-        activations=("gelu", "gelu_new", "gelu_pytorch_tanh"),
+        activations=_GELUS,
         rope={"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
         names=(
             ("model.embed_tokens", "gpt_neox.embed_in"), ("model.layers", "gpt_neox.layers"),
@@ -279,240 +286,3 @@ FAMILIES = {
         ),
     ),
 }  # fmt: skip
-
-
-def read(fields: dict[str, Any], where: str) -> ModelConfig:
-    """Return the values that the content of a `config.json` stands for.
-
-    Args:
-        fields: the parsed JSON object.
-        where: the file's name, for error lines.
-
-    Raises:
-        ConfigError: an architecture, field or value that this engine does not implement.
-    """
-    name = fields.get("model_type")
-    if name not in FAMILIES:
-        raise ConfigError(
-            f"{where}: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}"
-            + nearest(str(name), FAMILIES)
-        )
-    family = FAMILIES[name]
-    reward = _is_reward(fields, family, where)
-    _check_fields(fields, family, where)
-    fields = {**family.defaults, **fields}
-    try:
-        return ModelConfig(family=name, reward=reward, **_values(fields, family))
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {str(error).removeprefix('model config: ')}") from None
-    except (TypeError, OverflowError, ZeroDivisionError) as error:
-        raise ConfigError(f"{where}: a field has a value that no model can have ({error})") from None
-
-
-def _values(fields: dict[str, Any], family: Family) -> dict[str, Any]:
-    """Return the arguments of ModelConfig that a checked file stands for."""
-    derived = family.derive(fields)
-    values = {ours: fields[theirs] for theirs, ours in family.direct.items() if fields.get(theirs) is not None}
-    values |= family.constants | derived
-    values.setdefault("num_kv_heads", values["num_heads"])
-    if "head_dim" not in values:
-        if values["hidden_size"] % values["num_heads"]:
-            raise ConfigError("head_dim is missing and heads do not divide hidden_size")
-        values["head_dim"] = values["hidden_size"] // values["num_heads"]
-    values.setdefault("output_bias", values.get("attention_bias", False))
-    activation = fields.get(family.activation, family.activations[0])
-    if activation not in family.activations:
-        raise ConfigError(
-            f"{family.activation} = {activation!r} is not implemented (only {family.activations[0]!r} is)"
-        )
-    values["activation"] = _activation(family, activation)
-    eos = fields.get("eos_token_id")
-    values["eos_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    values["windows"] = _windows(fields, family)
-    return values | _ropes(fields, family)
-
-
-def _activation(family: Family, name: str) -> str:
-    """Return our name of an activation; in Gemma gelu is its tanh form."""
-    return "gelu_tanh" if family.architecture.startswith("Gemma") else _ACTIVATIONS[name]
-
-
-def _is_reward(fields: dict[str, Any], family: Family, where: str) -> bool:
-    """Tell whether the file is of a reward model; ConfigError for one of another kind."""
-    architectures = fields.get("architectures") or [family.architecture]
-    reward = architectures == [reward_architecture(family)]
-    if architectures != [family.architecture] and not reward:
-        raise ConfigError(f"{where}: architectures {architectures} is not [{family.architecture!r}]")
-    if reward and len(fields.get("id2label") or "??") != 1:  # without the field, transformers' default is 2 labels
-        raise ConfigError(f"{where}: a classifier of several labels; a reward model has one (id2label)")
-    return reward
-
-
-def reward_architecture(family: Family) -> str:
-    """Return transformers' name of the family's model with a score in the place of the head."""
-    return family.architecture.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
-
-
-def _check_fields(fields: dict[str, Any], family: Family, where: str) -> None:
-    """Raise ConfigError for a field that is not known, known but at a value that is not implemented, or missing."""
-    fixed = _FIXED | family.fixed
-    for name, value in fields.items():
-        if name not in family.known:
-            raise ConfigError(
-                f"{where}: the field {name!r} is not known to this engine and may change the model; "
-                f"it is refused rather than ignored{nearest(name, family.known)}"
-            )
-        if name in fixed and value not in fixed[name]:
-            raise ConfigError(f"{where}: {name} = {value!r} is not implemented (only {fixed[name][0]!r} is)")
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-    needed = [theirs for theirs, ours in family.direct.items() if ours in sizes and theirs != "n_inner"]
-    missing = [name for name in (*needed, *family.required) if fields.get(name) is None]
-    if missing:
-        raise ConfigError(f"{where}: the field {missing[0]} is missing")
-
-
-def _windows(fields: dict[str, Any], family: Family) -> tuple[int | None, ...]:
-    """Return each layer's window; nothing where no layer has one."""
-    count, window = fields[_field_of("num_layers", family)], fields.get("sliding_window")
-    types = fields.get("layer_types") if "layer_types" in family.window else None
-    if types is not None and (len(types) != count or set(types) - {"sliding_attention", "full_attention"}):
-        raise ConfigError(f"layer_types is {types}; it must say sliding_attention or full_attention for each layer")
-    if not family.window or "use_sliding_window" in family.window and not fields.get("use_sliding_window"):
-        window = None
-    if window is None:
-        if types and "sliding_attention" in types:
-            raise ConfigError("layer_types names layers with a window, but sliding_window does not say how long")
-        return ()
-    slides = [kind == "sliding_attention" for kind in types or ()]
-    slides = slides or [family.slides(layer, fields) for layer in range(count)]
-    return tuple(window if slid else None for slid in slides)
-
-
-def _field_of(value: str, family: Family) -> str:
-    return next(theirs for theirs, ours in family.direct.items() if ours == value)
-
-
-def _ropes(fields: dict[str, Any], family: Family) -> dict[str, Rope | None]:
-    """Return the ropes that the file describes."""
-    if not family.rope:
-        return {"rope": None}
-    outside = {key: fields[name] for name, key in family.rope.items() if fields.get(name) is not None}
-    scaling, parameters = (fields.get(name) or {} for name in _ROPE)
-    for name, described in zip(_ROPE, (scaling, parameters), strict=True):
-        if not isinstance(described, dict):
-            raise ConfigError(f"{name} is {described!r}; it must be an object")
-    if "rope_local_base_freq" not in family.derived:
-        return {"rope": _rope(family, outside, scaling, parameters)}
-    # Gemma 3 has two: of layers with a window, and of the others, which alone are scaled.
-    strange = sorted(set(parameters) - {"full_attention", "sliding_attention"})
-    if strange:
-        raise ConfigError(f"rope_parameters: {strange[0]!r} is not full_attention or sliding_attention")
-    near = {} if fields.get("rope_local_base_freq") is None else {"rope_theta": fields["rope_local_base_freq"]}
-    return {
-        "rope": _rope(family, outside, scaling, parameters.get("full_attention") or {}, theta=1000000.0),
-        "local_rope": _rope(family, near, parameters.get("sliding_attention") or {}),
-    }
-
-
-def _rope(family: Family, outside: dict[str, Any], *described: dict[str, Any], theta: float | None = None) -> Rope:
-    """Return the rope of one or two descriptions that must agree, with what stands outside of them."""
-    given: dict[str, Any] = {}
-    taken: list[str] = []
-    for description in described:
-        kind = description.get("rope_type", description.get("type", "default"))
-        if kind not in family.kinds:
-            raise ConfigError(f"a rope of kind {kind!r} is not implemented; there are {', '.join(family.kinds)}")
-        if description:
-            _agree(given, "rope_type", family.kinds[kind])
-            taken = [_FIELD_OF.get(setting, setting) for setting in KINDS[family.kinds[kind]][1]]
-        parts = {"rope_theta", "partial_rotary_factor"} & {"rope_theta", *family.rope.values()}
-        for key, value in description.items():
-            if key not in ("type", "rope_type", *parts, *taken):
-                raise ConfigError(f"the rope's field {key!r} is not implemented for the kind {kind!r}")
-            if key not in ("type", "rope_type") and value is not None:
-                _agree(given, key, tuple(value) if isinstance(value, list) else value)
-    for key, value in outside.items():
-        if key != _FIELD_OF["original_positions"]:
-            _agree(given, key, value)
-        elif key in taken:
-            given[key] = value  # Phi-3's, which counts more than the one inside
-    given = family.rope_defaults | ({"rope_theta": theta} if theta else {}) | given
-    return Rope(**{_SETTINGS.get(key, key): value for key, value in given.items()})
-
-
-def _agree(given: dict[str, Any], key: str, value: Any) -> None:
-    """Add a setting; ConfigError where another place says otherwise."""
-    if given.setdefault(key, value) != value:
-        raise ConfigError(f"the rope's {key} is {given[key]!r} in one place and {value!r} in another")
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-    """Return the content of a `config.json` that transformers reads, with the field names of versions 4 and 5.
-
-    ConfigError for values that the family's file cannot say.
-    """
-    family = FAMILIES[config.family]
-    head = {"architectures": [family.architecture]}
-    if config.reward:
-        head = {"architectures": [reward_architecture(family)], "id2label": {"0": "LABEL_0"},
-                "label2id": {"LABEL_0": 0}}  # fmt: skip
-    direct = {theirs: getattr(config, ours) for theirs, ours in family.direct.items()}
-    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
-    names = [name for name in family.activations if _activation(family, name) == config.activation]
-    fields = {
-        "model_type": config.family,
-        **head,
-        **direct,
-        **family.restore(config),
-        "eos_token_id": eos,
-        family.activation: names[0] if names else config.activation,
-        **_window_fields(config, family),
-        **_rope_fields(config, family),
-    }
-    if read(fields, "the model's config") != config:
-        raise ConfigError(f"this model is not one of the {config.family} family: its config.json cannot say its values")
-    return fields
-
-
-def _window_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """Return the fields that say which layers have a window."""
-    lengths = [window for window in config.windows if window]
-    fields = {
-        "sliding_window": lengths[0] if lengths else None,
-        "use_sliding_window": bool(lengths),
-        "max_window_layers": next((i for i, window in enumerate(config.windows) if window), config.num_layers),
-        "layer_types": [
-            "sliding_attention" if config.window(layer) else "full_attention" for layer in range(config.num_layers)
-        ],
-    }
-    return {name: value for name, value in fields.items() if name in family.window}
-
-
-def _rope_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """Return the fields that describe the ropes."""
-    if config.rope is None:
-        return {}
-    parameters, fields = _rope_parameters(config.rope, family), {}
-    for name, key in family.rope.items():
-        if key in parameters or key != "original_max_position_embeddings":
-            fields[name] = parameters.get(key, 1.0)
-    scaling = {key: value for key, value in parameters.items() if key not in fields and key not in family.rope.values()}
-    plain = config.rope.kind == "default"
-    local = config.local_rope
-    if local is not None:
-        fields["rope_local_base_freq"] = local.theta
-        parameters = {"full_attention": parameters, "sliding_attention": _rope_parameters(local, family)}
-    # "type" is what versions before 4.43 read, and what Phi-3's own check asks for.
-    return {
-        **fields,
-        "rope_scaling": None if plain else {**scaling, "type": config.rope.kind},
-        "rope_parameters": parameters,
-    }
-
-
-def _rope_parameters(rope: Rope, family: Family) -> dict[str, Any]:
-    """Return one rope as transformers describes it."""
-    settings = {_FIELD_OF.get(name, name): value for name, value in vars(rope).items() if value is not None}
-    if "partial_rotary_factor" not in family.rope.values():
-        settings.pop("partial_rotary_factor")
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}

@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> TrainResult:
     stream = _load_data(config, tokenizer)
     corpus = stream.corpus
     model = _load_model(config, dtype, device)
-    _check_lengths(corpus, model.config.max_positions)
+    _check_lengths(corpus, model.config.longest)
     base = state.base_fingerprint(model)
     torch.manual_seed(config.seed)
     parameters = choose_parameters(model, config, range(known.vocab_size, tokenizer.vocab_size))
@@ -165,7 +165,7 @@ def _sampler(model: Transformer, tokenizer: Any, corpus: Corpus, config: TrainCo
         return list
     length = config.evaluation.sample_tokens
     asked = [item.documents[0] for item in corpus.validation]
-    prompts = sample_prompts(asked, config.evaluation.samples, model.config.max_positions - length)
+    prompts = sample_prompts(asked, config.evaluation.samples, model.config.longest - length)
     return lambda: answer_samples(model, tokenizer, prompts, length)
 
 
