@@ -3,13 +3,14 @@
     full   = template(messages)                         what the model sees
     before = template(messages[:i] + prompt to answer)  what it sees when it has to write message i
     after  = template(messages[:i + 1])
-    target = full[len(before) : end of the last control token of `after`]
+    target = full[len(before) : end of the last control token that `after` and `full` begin with]
 
 So the targets come from the rendering itself: they hold the answer and the token that ends its turn, which is how
 a model learns to stop. `full` is cut at the start of each answer before it becomes ids, as it is at inference, where
 the answer's first token comes from the model. That needs `before` to be a prefix of `after`, and `after` of `full`,
-up to the end of the turn; a template that breaks this would train what is never seen, so it is refused. Rejected:
-searching the ids of a "response template" (fails silently), and `{% generation %}` (few templates have it).
+up to the end of the turn, behind which `after` may have control tokens but no text; a template that breaks this
+would train what is never seen, so it is refused. Rejected: searching the ids of a "response template" (fails
+silently), and `{% generation %}` (few templates have it).
 
 What is to steer an answer must be seen with it: a template that leaves out a system message, a tool's answer or the
 tools themselves is refused too.
@@ -21,6 +22,7 @@ begin, before rendering. What then still looks like a control token was written 
 import json
 import re
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from minitune.errors import ConfigError, DataError, nearest, type_name
 from minitune.text.templates import ChatTemplate
@@ -200,12 +202,14 @@ def _answer(tokenizer: Tokenizer, full: str, before: object, after: object, earl
             f"{name} begins this answer otherwise than the prompt it gives the model to answer (prefix"
             " property), so what is trained would never be seen; use another template"
         )
-    parts = tokenizer.split_control(after[len(before) :])
+    same = len(commonprefix([after, full]))  # Phi-3.5 writes one more control token behind the last turn
+    parts = tokenizer.split_control(after[len(before) : same])
     last = max((n for n, (_, id) in enumerate(parts) if id is not None), default=-1)
-    if last < 0 or "".join(text for text, _ in parts[last + 1 :]).strip():
-        raise DataError(f"{name} writes no end-of-turn token after the answer; the model would never stop")
     end = len(before) + sum(len(text) for text, _ in parts[: last + 1])
-    if full[:end] != after[:end] or len(before) < earliest:
+    beyond = "".join(text for text, id in tokenizer.split_control(after[end:]) if id is None)
+    if same == len(after) and (last < 0 or beyond.strip()):
+        raise DataError(f"{name} writes no end-of-turn token after the answer; the model would never stop")
+    if last < 0 or beyond.strip() or len(before) < earliest:
         raise DataError(
             f"{name} writes this answer differently once later turns follow (prefix property);"
             " train on the last answer only: train_on='last'"
