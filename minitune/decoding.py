@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from minitune.errors import ConfigError, DataError, check_counts, nearest
+from minitune.model.adapter_set import check_names, chosen_rows
 from minitune.model.cache import KVCache
+from minitune.model.lora import hold_scales
 from minitune.model.transformer import Transformer
 from minitune.ops.linear import projections
 from minitune.sampling import Sampling, next_tokens
@@ -45,7 +47,7 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, **options
         tokenizer: its tokenizer.
         prompt: text becomes a user message where the tokenizer has a chat template, else it is continued.
         options: the fields of `Sampling` (temperature, top_k, ...) and the options of `generate_texts`
-            (max_new_tokens, stop, raw, seed); `on_text` here gets the text alone.
+            (max_new_tokens, stop, raw, seed); `on_text` here gets the text alone, and `adapter` is the name of one.
 
     Returns:
         The answer without its end-of-turn token and stop string.
@@ -55,12 +57,14 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, **options
     """
     fields = Sampling.__dataclass_fields__
     sampling = Sampling(**{name: options.pop(name) for name in list(options) if name in fields})
-    known = ("max_new_tokens", "stop", "raw", "seed", "on_text")
+    known = ("max_new_tokens", "stop", "raw", "seed", "on_text", "adapter")
     for name in options:
         if name not in known:
             raise ConfigError(f"generate has no option '{name}'{nearest(name, [*fields, *known])}")
     on_text = options.pop("on_text", None)
     relay = None if on_text is None else lambda row, text: on_text(text)
+    if "adapter" in options:
+        options["adapters"] = [options.pop("adapter")]
     return generate_texts(model, tokenizer, [prompt], sampling=sampling, on_text=relay, **options)[0].text
 
 
@@ -75,6 +79,7 @@ def generate_texts(
     raw: bool = False,
     seed: int = 0,
     batch_size: int = 8,
+    adapters: Sequence[str | None] | None = None,
     on_text: Callable[[int, str], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
@@ -90,6 +95,8 @@ def generate_texts(
         raw: continue texts as they are, without the chat template.
         seed: with sampling, fixes every answer; an answer does not depend on its batch.
         batch_size: prompts in one batch.
+        adapters: for each prompt the name of the adapter that answers it, None for the base alone; by default the one
+            that is chosen answers all.
         on_text: called with (index of the prompt, new text) while the answers grow; the pieces join to the answer.
         on_batch: called with the number of prompts that each batch finished.
 
@@ -115,7 +122,7 @@ def generate_texts(
         model,
         [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts],
         max_new_tokens=max_new_tokens, sampling=sampling, end_ids=tokenizer.end_ids, on_token=on_token,
-        seed=seed, batch_size=batch_size, on_batch=on_batch,
+        seed=seed, batch_size=batch_size, adapters=adapters, on_batch=on_batch,
     )  # fmt: skip
     for row, stream in enumerate(streams):
         last = stream.finish()
@@ -186,6 +193,7 @@ def generate_ids(
     on_token: Callable[[int, int], bool | None] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    adapters: Sequence[str | None] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until an end token, `max_new_tokens`, or `on_token` says so.
@@ -199,6 +207,7 @@ def generate_ids(
         on_token: called with (row, token) for each new token but the end; a true result ends that row after it.
         seed: with sampling, row i draws from a stream of its own, made of `seed` and i.
         batch_size: rows per batch (longest prompts first); None takes all in one.
+        adapters: the name of each row's adapter, None for the base alone; by default the chosen one is everybody's.
         on_batch: called after each batch with its number of rows.
 
     Returns:
@@ -206,9 +215,9 @@ def generate_ids(
 
     Raises:
         DataError: a prompt is empty, too long for the model's positions, or has an id that the model lacks.
-        ConfigError: max_new_tokens or batch_size is below 1.
+        ConfigError: max_new_tokens or batch_size is below 1, or an adapter is not there.
     """
-    _check(model, prompts, max_new_tokens, batch_size)
+    _check(model, prompts, max_new_tokens, batch_size, adapters)
     answers: list[list[int]] = [[] for _ in prompts]
     ends = frozenset(end_ids)
 
@@ -224,19 +233,28 @@ def generate_ids(
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            _generate_batch(model, {row: prompts[row] for row in rows}, max_new_tokens, sampling, accept, seed)
-            if on_batch:
-                on_batch(len(rows))
+        with hold_scales(model):
+            for start in range(0, len(order), size):
+                rows = order[start : start + size]
+                names = None if adapters is None else {row: adapters[row] for row in rows}
+                batch = {row: prompts[row] for row in rows}
+                _generate_batch(model, batch, max_new_tokens, sampling, accept, seed, names)
+                if on_batch:
+                    on_batch(len(rows))
     finally:
         model.train(was_training)
     return answers
 
 
-def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int | None):
+def _check(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int | None,
+    adapters: Sequence[str | None] | None,
+) -> None:  # fmt: skip
     """Refuse what cannot be generated, before any work is done."""
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if adapters is not None and len(adapters) != len(prompts):
+        raise ConfigError(f"there are {len(adapters)} names of adapters for {len(prompts)} prompts; give one each")
+    check_names(model, adapters or ())
     config = model.config
     for row, prompt in enumerate(prompts):
         if not prompt:
@@ -255,11 +273,14 @@ def _generate_batch(
     sampling: Sampling,
     accept: Callable[[int, int], bool],
     seed: int,
+    names: dict[int, str | None] | None,
 ) -> None:
-    """Generate for one batch; `prompts` maps row numbers to ids, `accept` takes each token."""
+    """Generate for one batch; `prompts` and `names` map row numbers to ids and adapters, `accept` takes each token."""
     rows, head = list(prompts), model.head_weight
     lengths = torch.tensor([len(prompt) for prompt in prompts.values()], device=head.device)
-    hidden, cache = _read_prompts(model, list(prompts.values()), lengths, max_new_tokens)
+    with chosen_rows(model, names and list(names.values())):
+        share = len(set((names or {}).values())) < 2
+        hidden, cache = _read_prompts(model, list(prompts.values()), lengths, max_new_tokens, share)
     seen, uniforms = _seen(prompts, head), _uniforms(rows, max_new_tokens, seed).to(head.device)
     padded = len(set(lengths.tolist())) > 1
     for step in range(max_new_tokens):
@@ -274,13 +295,17 @@ def _generate_batch(
             cache.select(keep)
             tokens, lengths, seen, uniforms = (tensor[keep] for tensor in (tokens, lengths, seen, uniforms))
         positions = lengths[:, None] + step if padded else None
-        hidden = model.hidden(tokens[:, None], positions=positions, cache=cache)
+        with chosen_rows(model, names and [names[row] for row in rows]):
+            hidden = model.hidden(tokens[:, None], positions=positions, cache=cache)
 
 
 def _read_prompts(
-    model: Transformer, prompts: list[Sequence[int]], lengths: torch.Tensor, max_new_tokens: int
+    model: Transformer, prompts: list[Sequence[int]], lengths: torch.Tensor, max_new_tokens: int, share: bool
 ) -> tuple[torch.Tensor, KVCache]:
-    """Read left-padded prompts; return hidden states (B, T', D), the last of which counts, and the cache."""
+    """Read left-padded prompts; return hidden states (B, T', D), the last of which counts, and the cache.
+
+    Where `share`, what all have in common is read once: not by different adapters.
+    """
     device, dtype = model.head_weight.device, model.head_weight.dtype
     width = int(lengths.max())
     pads = width - lengths  # (B,)
@@ -289,7 +314,7 @@ def _read_prompts(
     cache = KVCache(model.config, len(prompts), width + max_new_tokens, dtype, device)
     # At least one token of every prompt is read here, so that each row has a last hidden state.
     prefix = os.path.commonprefix([list(prompt[:-1]) for prompt in prompts])
-    share = len(prompts) > 1 and len(prefix) >= SHARED_PREFIX and not model.config.by_length
+    share = share and len(prompts) > 1 and len(prefix) >= SHARED_PREFIX and not model.config.by_length
     start = len(prefix) if share else 0
     if start:
         _fill_shared(model, prefix, pads, cache)

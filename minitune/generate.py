@@ -2,6 +2,7 @@
 
 python -m minitune.generate --model M --prompt "..."             # streams the answer
 python -m minitune.generate --model M --adapter A --chat         # /reset, /exit, Ctrl-C stops an answer
+python -m minitune.generate --model M --adapter [poet=A,judge=B] --use judge --prompt "..."
 python -m minitune.generate --model M --input prompts.jsonl --output answers.jsonl
 """
 
@@ -31,7 +32,9 @@ class GenerateConfig(Sampling, ModelOptions):
     chat: bool = False
     """Talk in the terminal."""
     input: str | None = None
-    """Ask every line of a .txt file, or every row of a .jsonl, .json or .csv file: {"prompt"} or {"messages"}."""
+    """Ask every line of a .txt file, or every row of a .jsonl, .json or .csv file: {"prompt"} or {"messages"}.
+
+    With several adapters a row can name its own: {"adapter"}, null for the base alone."""
     output: str | None = None
     """With input: the JSONL file for the rows, each with answer, tokens and finished added."""
     system: str | None = None
@@ -64,6 +67,7 @@ class GenerateConfig(Sampling, ModelOptions):
             raise ConfigError(f"raw uses no chat template and {other} needs one; leave one of them out")
         if self.seed is not None and self.temperature == 0:
             raise ConfigError("seed has no effect at temperature 0 (greedy); set a temperature above 0")
+        self.check_adapters()
         check_seed(self.seed)
         check_counts(max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
         if self.prompt is not None and not self.prompt.strip():
@@ -132,10 +136,23 @@ def chat(model: Any, tokenizer: Any, config: GenerateConfig) -> None:
         if said == "/reset":
             messages = config.opening()
             print("(new conversation)")
+        elif said.startswith("/use "):
+            _use(model, said.removeprefix("/use ").strip())
         elif said.startswith("/"):
-            print(f"unknown command {said.split()[0]}; known: /reset, /exit")
+            print(f"unknown command {said.split()[0]}; known: /reset, /exit, /use ADAPTER")
         elif said:
             messages = _turn(model, tokenizer, config, messages, said)
+
+
+def _use(model: Any, name: str) -> None:
+    """Switch to another of several adapters for the rest of the conversation; "base" is none of them."""
+    from minitune.model.adapter_set import choose
+
+    try:
+        choose(model, None if name == "base" else name)
+        print(f"({name} answers now)")
+    except MinituneError as error:
+        print(f"error: {error}", file=sys.stderr)
 
 
 def _ask() -> str:
@@ -225,13 +242,28 @@ def answer_file(model: Any, tokenizer: Any, config: GenerateConfig, rows: list[d
         with tqdm(total=len(rows), desc="answers", unit=" rows") as bar:
             answers = generate_texts(
                 model, tokenizer, prompts,
-                batch_size=config.batch_size or 8, on_batch=bar.update, **config.options(),
+                batch_size=config.batch_size or 8, adapters=named_adapters(model, rows),
+                on_batch=bar.update, **config.options(),
             )  # fmt: skip
         for row, answer in zip(rows, answers, strict=True):
             result = {"answer": answer.text, "tokens": answer.tokens, "finished": answer.finished}
             file.write(json.dumps(row | result, ensure_ascii=False) + "\n")
     cut = sum(not answer.finished for answer in answers)
     print(f"{counted(len(rows), 'answer')} in {config.output}; {cut} cut off at max_new_tokens {config.max_new_tokens}")
+
+
+def named_adapters(model: Any, rows: list[dict[str, Any]]) -> list[str | None] | None:
+    """Return the adapter of each row, that which is on where a row names none; None where no row does.
+
+    Raises ConfigError for a name that no adapter has.
+    """
+    from minitune.model.adapter_set import check_names, chosen_name
+
+    if not any("adapter" in row for row in rows):
+        return None
+    names = [row.get("adapter", chosen_name(model)) for row in rows]
+    check_names(model, names)
+    return names
 
 
 if __name__ == "__main__":

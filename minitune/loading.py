@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from minitune.errors import ConfigError, counted, nearest
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -10,8 +12,12 @@ class ModelOptions:
 
     model: str = "smollm2-135m-instruct"
     """A fetched model's name, a Hugging Face folder or a GGUF file."""
-    adapter: str | None = None
-    """A PEFT adapter folder to put on it."""
+    adapter: tuple[str, ...] | str | None = None
+    """A PEFT adapter folder to put on it, or several by name, as [poet=runs/poet/adapter,judge=runs/judge/adapter]."""
+    use: str | None = None
+    """Of several adapters: the one that is on (default: the first)."""
+    weights: tuple[float, ...] | None = None
+    """Of several adapters: use their sum with these weights, as [0.7,0.3]."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and arithmetic; auto is bfloat16 where the processor is fast at it."""
     quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
@@ -21,6 +27,31 @@ class ModelOptions:
     backend: Literal["auto", "reference", "triton"] = "auto"
     """Triton's kernels or PyTorch alone; auto takes the kernels on a GPU."""
 
+    @property
+    def adapters(self) -> dict[str, str] | str | None:
+        """What `load_model` takes: a folder, or folders by name."""
+        if self.adapter is None or isinstance(self.adapter, str):
+            return self.adapter
+        named = dict(one.partition("=")[::2] for one in self.adapter)
+        if len(named) < len(self.adapter) or not all(named.values()):
+            raise ConfigError(
+                f"adapter is {list(self.adapter)}; several need a name each, as [poet=FOLDER,judge=FOLDER]"
+            )
+        return named
+
+    def check_adapters(self) -> None:
+        """Refuse options of several adapters where there are none, or that contradict each other."""
+        several = self.adapters if isinstance(self.adapters, dict) else {}
+        for name in ("use", "weights"):
+            if getattr(self, name) is not None and not several:
+                raise ConfigError(f"{name} is set without several adapters, to which it belongs; leave it out")
+        if self.use is not None and self.weights is not None:
+            raise ConfigError("use takes one adapter and weights their sum; leave one of them out")
+        if self.use is not None and self.use not in several:
+            raise ConfigError(f"use is {self.use!r}; there are {', '.join(several)}{nearest(self.use, several)}")
+        if self.weights is not None and len(self.weights) != len(several):
+            raise ConfigError(f"there are {len(self.weights)} weights for {counted(len(several), 'adapter')}")
+
     def load(self) -> tuple[Any, Any]:
         """Return the model, in evaluation mode, and its tokenizer.
 
@@ -28,14 +59,26 @@ class ModelOptions:
             ConfigError: a device or backend that is not here. CheckpointError: as `load_model`, and where the
                 tokenizer has ids that the model lacks.
         """
+        self.check_adapters()
         from minitune.checkpoint.load import load_model, load_tokenizer
         from minitune.device import choose_device, choose_dtype
         from minitune.ops.backend import set_backend
 
         set_backend(self.backend)
-        tokenizer = load_tokenizer(self.model, adapter=self.adapter)
+        tokenizer = load_tokenizer(self.model, adapter=self.adapters)
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
-        model = load_model(self.model, dtype=dtype, device=device, adapter=self.adapter, quantize=self.quantize)
+        model = load_model(self.model, dtype=dtype, device=device, adapter=self.adapters, quantize=self.quantize)
+        choose_adapters(model, self.use, self.adapters, self.weights)
         tokenizer.check_fits(model.config.vocab_size)
         return model, tokenizer
+
+
+def choose_adapters(model: Any, use: str | None, adapters: Any, weights: tuple[float, ...] | None) -> None:
+    """Switch on the adapter called `use`, or the sum of all with these weights; without either, leave the first on."""
+    from minitune.model.adapter_set import choose, combine
+
+    if weights is not None:
+        combine(model, "sum", dict(zip(adapters, weights, strict=True)))
+    elif use is not None:
+        choose(model, use)

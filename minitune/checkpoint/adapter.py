@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from minitune.checkpoint.huggingface import refuse_pickle
 from minitune.checkpoint.prequantized import configuration
 from minitune.errors import CheckpointError, ConfigError
 from minitune.files import atomic_file, write_json
+from minitune.model.adapter_set import add_named
 from minitune.model.adapters import LoRA
 from minitune.model.config import LoRAConfig, ModelConfig, QuantizationConfig
-from minitune.model.lora import install, linear_modules, lora_modules, quantized_weights
+from minitune.model.lora import install, linear_modules, lora_modules, make_adapters, quantized_weights
 from minitune.model.names import checkpoint_name, is_transposed
 from minitune.model.transformer import Transformer, add_score_head
 from minitune.model.vocabulary import grow_vocabulary, untie_head
@@ -94,6 +96,27 @@ def load_adapter(model: Transformer, folder: str | Path, base_name: str | None =
         model.score.weight.data.copy_(values[_SCORE])
     _put_beside(model, stored, values)
     return _typical(stored)
+
+
+def load_adapters(model: Transformer, folders: Mapping[str, str | Path], base_name: str | None = None) -> None:
+    """Add several adapters to `model`, in place, each under its name; the first is chosen (`model/adapter_set.py`).
+
+    Raises:
+        CheckpointError: as `load_adapter`; and for one that brings more than updates of layers (embeddings, biases, a
+            reward head), of which the base has one. ConfigError: a name without meaning.
+    """
+    found = {name: open_adapter(model, folder) for name, folder in folders.items()}
+    for stored in found.values():
+        if stored.beside or stored.reward:
+            what = next(iter([*stored.beside, "score"]))
+            raise CheckpointError(f"{stored.folder} brings its own {what}; such an adapter is loaded alone")
+    read = {name: stored.read() for name, stored in found.items()}
+    for name, stored in found.items():
+        if base_name is not None:
+            _compare_names(stored, base_name)
+        adapters = make_adapters(model, stored.layers)
+        _put_factors(adapters, read[name], model.config)
+        add_named(model, name, adapters)
 
 
 def open_adapter(model: Transformer, folder: str | Path) -> StoredAdapter:

@@ -102,7 +102,7 @@ def layer_settings(fields: dict[str, Any], names: list[str], present: Collection
     chosen = list(present) if fields.get("target_modules") is None else _selected(fields, names, where)
     if not chosen:
         raise CheckpointError(
-            f"{where}: target_modules {fields['target_modules']!r} matches no linear layer of this model; "
+            f"{where}: target_modules {fields.get('target_modules')!r} matches no linear layer of this model; "
             f"a layer is called {names[0]}"
         )
     ranks = _by_pattern(fields.get("rank_pattern") or {}, chosen, where)

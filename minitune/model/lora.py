@@ -15,6 +15,8 @@ from minitune.errors import ConfigError, nearest
 from minitune.model.adapters import LoRA
 from minitune.model.linear import Linear
 from minitune.model.lora_config import LoRAConfig
+from minitune.model.names import checkpoint_name
+from minitune.model.transformer import Transformer
 from minitune.ops.nf4 import QuantizedTensor
 
 
@@ -36,16 +38,19 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
     return {path: weight for path, weight in stored.items() if isinstance(weight, QuantizedTensor)}
 
 
-def _targets(model: nn.Module, wanted: tuple[str, ...] | str) -> dict[str, Linear]:
+def _targets(model: Transformer, wanted: tuple[str, ...] | str) -> dict[str, Linear]:
+    """Return the layers that are wanted, by our names or by those of the family's checkpoints."""
     layers = linear_modules(model)
+    theirs = {path: checkpoint_name(model.config, path) for path in layers}
     if wanted == "all-linear":
         return layers
     names = (wanted,) if isinstance(wanted, str) else wanted
     chosen: dict[str, Linear] = {}
     for name in names:
-        hits = {path: layer for path, layer in layers.items() if path == name or path.endswith(f".{name}")}
+        called = {path: (f".{path}", f".{theirs[path]}") for path in layers}
+        hits = {path: layer for path, layer in layers.items() if any(one.endswith(f".{name}") for one in called[path])}
         if not hits:
-            known = sorted({path.rsplit(".", 1)[-1] for path in layers})
+            known = sorted({path.rsplit(".", 1)[-1] for path in theirs.values()})
             raise ConfigError(
                 f"lora.target_modules: no linear layer is called {name!r}; "
                 f"there are {', '.join(known)}{nearest(name, known)}"
@@ -54,7 +59,7 @@ def _targets(model: nn.Module, wanted: tuple[str, ...] | str) -> dict[str, Linea
     return {path: layer for path, layer in layers.items() if path in chosen}
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> dict[str, LoRA]:
+def add_lora(model: Transformer, config: LoRAConfig, *, seed: int = 0) -> dict[str, LoRA]:
     """Give each targeted linear layer an adapter and freeze all other parameters.
 
     Args:
@@ -80,17 +85,22 @@ def install(model: nn.Module, configs: dict[str, LoRAConfig], *, seed: int = 0) 
     taken = [path for path in configs if layers[path].lora is not None]
     if taken:
         raise ConfigError(f"{taken[0]} has an adapter already; merge it or load the base without it")
-    generator = torch.Generator().manual_seed(seed)
-    added = {}
-    for path, config in configs.items():
-        layer = layers[path]
-        out_features, in_features = layer.weight.shape
-        added[path] = LoRA(config, in_features, out_features, layer.weight.device).train(layer.training)
-        added[path].reset(generator, layer.stored_weight)
+    added = make_adapters(model, configs, seed=seed)
     model.requires_grad_(False)
     for path, lora in added.items():
         layers[path].lora = lora
     return added
+
+
+def make_adapters(model: nn.Module, configs: dict[str, LoRAConfig], *, seed: int = 0) -> dict[str, LoRA]:
+    """Return an adapter for each layer, by its path, in no slot yet; ConfigError where one cannot be made."""
+    generator, layers, made = torch.Generator().manual_seed(seed), linear_modules(model), {}
+    for path, config in configs.items():
+        layer = layers[path]
+        out_features, in_features = layer.weight.shape
+        made[path] = LoRA(config, in_features, out_features, layer.weight.device).train(layer.training)
+        made[path].reset(generator, layer.stored_weight)
+    return made
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoRA]:

@@ -363,12 +363,7 @@ class TrainConfig:
         if self.adapter is not None and own != LoRAOptions():
             name = next(name for name, value in dataclasses.asdict(own).items() if value is not None)
             raise ConfigError(f"lora.{name} is set but adapter {self.adapter} brings its own; leave out one of them")
-        if self.new_tokens and self.method not in (*ADAPTER_METHODS, "full"):
-            raise ConfigError(f"new_tokens is set but method {self.method} would never train them; use lora or full")
-        if self.new_tokens and self.lora.modules_to_save:
-            raise ConfigError(
-                "new_tokens trains their rows alone and lora.modules_to_save whole modules; leave one out"
-            )
+        self._check_new_tokens()
         for name in ("every_steps", "patience"):
             if self.validation_fraction == 0 and getattr(self.evaluation, name) is not None:
                 raise ConfigError(f"evaluation.{name} is set but validation_fraction 0 leaves nothing to evaluate")
@@ -405,6 +400,15 @@ class TrainConfig:
         """Whether the reference is gone once training has begun: it is more than the base with the adapter off."""
         beside = bool(self.new_tokens or self.lora.modules_to_save)
         return self.method not in ADAPTER_METHODS or self.adapter is not None or beside
+
+    def _check_new_tokens(self) -> None:
+        """Refuse tokens that would never train, or whose rows are claimed twice."""
+        if self.new_tokens and self.method not in (*ADAPTER_METHODS, "full"):
+            raise ConfigError(f"new_tokens is set but method {self.method} would never train them; use lora or full")
+        if self.new_tokens and self.lora.modules_to_save:
+            raise ConfigError(
+                "new_tokens trains their rows alone and lora.modules_to_save whole modules; leave one out"
+            )
 
     def _check_objective(self) -> None:
         """Refuse options that the objective ignores or cannot do with."""
