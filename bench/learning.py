@@ -8,13 +8,12 @@ are the same pairs: it is a little too narrow. Beside it stands the perplexity o
 done is not done again.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench.measure import ROOT
+from bench.seeds import complete
 
 MODEL, TOKENS, WINDOW = "smollm2-135m-instruct", 16384, 512
 
@@ -73,19 +72,7 @@ def table(runs: list[dict[str, Any]], wanted: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Do what is missing of all runs, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.learning", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "learning", help="where the runs go")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "learning.json")
-    options = parser.parse_args(argv)
-    runs = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else []
-    for seed in range(options.seeds):
-        if not any(found["seed"] == seed for found in runs):
-            runs.append(run(seed, options.folder))
-            options.output.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
-            print(table(runs, options.seeds), flush=True)
-    print(table(runs, options.seeds))
-    return 0
+    return complete("learning", __doc__, run, table, argv)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ measured as `make train` measures, on test rows that nothing else saw. One seed'
 the 95% interval of an accuracy of 88% is 5 points wide. What is done is not done again.
 """
 
-import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench.measure import ROOT
+from bench.seeds import complete
 
 METHODS = ("lora", "qlora")
 BAR = 1.5  # points of accuracy that QLoRA may lose, mean over the seeds
@@ -57,21 +55,7 @@ def table(runs: list[dict[str, Any]], wanted: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Do what is missing of all runs, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each method")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quality", help="where the runs go")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "quality.json")
-    options = parser.parse_args(argv)
-    runs = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else []
-    for seed in range(options.seeds):
-        for method in METHODS:
-            if not any((found["method"], found["seed"]) == (method, seed) for found in runs):
-                runs.append(run(method, seed, options.folder))
-                options.output.parent.mkdir(parents=True, exist_ok=True)
-                options.output.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
-                print(table(runs, options.seeds), flush=True)
-    print(table(runs, options.seeds))
-    return 0
+    return complete("quality", __doc__, run, table, argv, method=METHODS)
 
 
 if __name__ == "__main__":

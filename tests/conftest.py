@@ -50,6 +50,27 @@ def tiny_folder():
     return make
 
 
+@pytest.fixture(scope="session")
+def save_reward_adapter():
+    """Save an adapter of a model's folder that changes nothing but brings a drawn reward head; returns its folder."""
+
+    def save(model_folder, folder: Path) -> str:
+        from minitune import load_model
+        from minitune.checkpoint.adapter import save_adapter
+        from minitune.model.config import LoRAConfig
+        from minitune.model.lora import add_lora
+        from minitune.model.transformer import add_score_head
+
+        model = load_model(model_folder)
+        add_lora(model, LoRAConfig(rank=2))
+        add_score_head(model)
+        torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
+        save_adapter(model, folder)
+        return str(folder)
+
+    return save
+
+
 def _byte_tokenizer():
     """One token a byte, four special ones, and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

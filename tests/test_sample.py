@@ -8,16 +8,12 @@ import pytest
 import torch
 
 from minitune import load_model, load_tokenizer, sample, score
-from minitune.checkpoint.adapter import save_adapter
 from minitune.checkpoint.huggingface import save_model
 from minitune.data.formats import read_records
 from minitune.data.pairing import survey_preferences
 from minitune.data.preference_formats import FORMATS_OF
 from minitune.decoding import generate_ids
 from minitune.errors import CheckpointError, ConfigError, DataError
-from minitune.model.config import LoRAConfig
-from minitune.model.lora import add_lora
-from minitune.model.transformer import add_score_head
 from minitune.sample import Asked, Completion, SampleConfig
 from minitune.sampling import Sampling
 
@@ -49,14 +45,8 @@ def tiny(tiny_folder, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def rewarding(tiny, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("reward")
-    model = load_model(tiny)
-    add_lora(model, LoRAConfig(rank=2))
-    add_score_head(model)
-    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
-    save_adapter(model, folder)
-    return str(folder)
+def rewarding(tiny, save_reward_adapter, tmp_path_factory) -> str:
+    return save_reward_adapter(tiny, tmp_path_factory.mktemp("reward"))
 
 
 @pytest.fixture

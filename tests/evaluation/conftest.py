@@ -1,13 +1,6 @@
 """A tiny model that can judge and one that can score, and what transformers makes of the same weights."""
 
 import pytest
-import torch
-
-from minitune import load_model
-from minitune.checkpoint.adapter import save_adapter
-from minitune.model.config import LoRAConfig
-from minitune.model.lora import add_lora
-from minitune.model.transformer import add_score_head
 
 
 @pytest.fixture(scope="session")
@@ -17,15 +10,9 @@ def roomy(tiny_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def reward_adapter(roomy, tmp_path_factory):
+def reward_adapter(roomy, save_reward_adapter, tmp_path_factory):
     """The folder of an adapter of `roomy` that changes nothing but brings a reward head."""
-    folder = tmp_path_factory.mktemp("reward")
-    model = load_model(roomy)
-    add_lora(model, LoRAConfig(rank=2))
-    add_score_head(model)
-    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
-    save_adapter(model, folder)
-    return str(folder)
+    return save_reward_adapter(roomy, tmp_path_factory.mktemp("reward"))
 
 
 @pytest.fixture(scope="session")
