@@ -430,6 +430,23 @@ def test_templates_that_rewrite_earlier_turns_are_refused(fast_folder, case):
             render_chat(ours, talk, train_on="last")
 
 
+def test_a_control_token_behind_the_last_turn_is_no_other_answer(fast_folder):
+    """Phi-3.5 ends a conversation with one: earlier answers end at their own, the last one learns both."""
+    ours = load_tokenizer(fast_folder("chatml"))
+    ours.chat_template = ChatTemplate(KEEPS + "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}")
+    first, last = (message["content"] + "<|im_end|>" for message in TURNS[1::2])
+    assert target_texts(ours, render_chat(ours, TURNS)) == [first, last + "\n<|endoftext|>"]
+
+
+def test_an_answer_that_is_rewritten_behind_a_control_token_is_refused(fast_folder):
+    """What stays the same of it ends with a control token, but not with its end of turn."""
+    ours = load_tokenizer(fast_folder("chatml"))
+    shortened = "'<|endoftext|>' + (m.content if loop.last or m.role == 'user' else m.content[:3]) }}"
+    ours.chat_template = ChatTemplate(KEEPS.replace("m.content }}", shortened))
+    with pytest.raises(DataError, match="message 1: .*prefix property.*train_on='last'"):
+        render_chat(ours, TURNS)
+
+
 def test_tools_reach_the_template_and_cannot_forge_a_turn(fast_folder):
     ours, judge = load_both(fast_folder("chatml"))
     source = "{% if tools %}{{ '<|im_start|>tools\\n' + tools | tojson + '<|im_end|>\\n' }}{% endif %}" + CHATML
