@@ -10,7 +10,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from tests.conftest import CHAT_TEMPLATE, SPECIAL
 from tests.parity.cases import Case
 from tests.parity.twins import write
 
@@ -63,16 +66,31 @@ NAMES = [case.name.strip().replace(" ", "-") for case in CASES]
 _INTERLEAVED = ("llama", "granite", "smollm3")
 
 
+def write_tokenizer(folder: Path) -> None:
+    """Write a byte-level tokenizer: 256 bytes, the four special tokens of the tests, and some merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("a", "n"), ("an", "d"), ("1", "2")]
+    tokens = [*alphabet, *SPECIAL, *map("".join, merges)]
+    inner = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(list(SPECIAL))
+    names = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[2], "pad_token": SPECIAL[3]}
+    outer = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **names)
+    outer.chat_template = CHAT_TEMPLATE
+    outer.save_pretrained(folder)
+
+
 def folder_of(case: Case, folder: Path) -> Path:
-    """Write the model as transformers does, with fields that converters of older versions read; return the folder."""
-    theirs = write(case, folder)
+    """Write model and tokenizer as transformers does, with fields that older converters read; return the folder."""
+    write(case, folder)
+    write_tokenizer(folder)
     config = json.loads((folder / "config.json").read_text())
     if case.kind == "GPT2":
         config["n_ctx"] = config["n_positions"]
     if case.kind == "GPTNeoX":
         config["rotary_pct"] = config["rope_parameters"].get("partial_rotary_factor", 0.25)
     (folder / "config.json").write_text(json.dumps(config))
-    assert theirs is not None
     return folder
 
 
