@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minitune.cli import parse
-from minitune.errors import CheckpointError, MinituneError, run_command
+from minitune.errors import CheckpointError, DataError, MinituneError, counted, run_command
 
 _NAMES = {  # fields of ModelConfig that are always shown, as what
     "family": "family", "num_layers": "layers", "hidden_size": "width", "intermediate_size": "feed-forward width",
@@ -20,7 +20,10 @@ _NAMES = {  # fields of ModelConfig that are always shown, as what
     "max_positions": "context", "tie_embeddings": "head tied to the embedding",
 }  # fmt: skip
 _PARTS = ("embedding", "attention", "mlp", "norms", "head", "adapter", "other")
-_SYSTEM = "Answer in rhyme."
+_TRIED = {  # on chat templates
+    "system message": ("system", "user", "assistant"),
+    "several turns": ("user", "assistant", "user", "assistant"),
+}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -115,9 +118,13 @@ def _sizes(config: Any) -> dict[str, Any]:
     """Return what is always of interest, then each other value that is not the usual one."""
     if config is None:
         return {}
-    values = asdict(config)
-    others = [one.name for one in fields(config) if one.name not in _NAMES and values[one.name] != one.default]
-    return {_NAMES.get(name, name.replace("_", " ")): values[name] for name in (*_NAMES, *others)}
+    values = asdict(config, dict_factory=lambda pairs: {name: value for name, value in pairs if value is not None})
+    others = [
+        one.name
+        for one in fields(config)
+        if one.name not in _NAMES and values.get(one.name, one.default) != one.default
+    ]
+    return {_NAMES.get(name, name.replace("_", " ")): values.get(name) for name in (*_NAMES, *others)}
 
 
 def _check_weights(config: Any, tensors: Mapping[str, Any], path: Path, findings: Findings) -> None:
@@ -188,7 +195,7 @@ def _quantisation(settings: Any, tensors: Mapping[str, Any]) -> str:
         return f"{settings.get('quant_method', 'bitsandbytes')} {kind}{double}".strip()
     kinds = [tensor.kind.name for tensor in tensors.values() if hasattr(tensor, "kind")]
     counts = {kind: kinds.count(kind) for kind in sorted(set(kinds)) if kind.startswith(("Q", "I"))}
-    return ", ".join(f"{kind} ({count} tensors)" for kind, count in counts.items()) or "none"
+    return ", ".join(f"{kind} ({counted(count, 'tensor')})" for kind, count in counts.items()) or "none"
 
 
 def _tokenizer(path: Path, findings: Findings, rows: int | None) -> dict[str, Any]:
@@ -215,25 +222,32 @@ def _tokenizer(path: Path, findings: Findings, rows: int | None) -> dict[str, An
 
 
 def _template(tokenizer: Any, findings: Findings) -> dict[str, Any] | None:
-    """Describe a chat template, and try what it does with a system message."""
+    """Describe a chat template, and try what it does with a system message and with several turns."""
     import hashlib
+
+    from minitune.text.chat import render_segments
 
     template = tokenizer.chat_template
     if template is None:
         findings.notes.append("there is no chat template: messages cannot be rendered")
         return None
-    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "Hi"}]
-    rendered = findings.attempt(template.render, messages, [(2, True)], tokenizer.special)
-    (text,) = rendered or [""]
-    taken = "refused" if isinstance(text, Exception) else "taken" if _SYSTEM in text else "left out in silence"
-    if taken != "taken":
-        findings.notes.append(f"a system message is {taken} by the chat template")
-    return {
+    facts = {
         "sha256": hashlib.sha256(template.source.encode()).hexdigest(),
         "characters": len(template.source),
         "first line": template.source.strip().partition("\n")[0][:80],
-        "system message": taken,
     }
+    for what, roles in _TRIED.items():
+        messages = [{"role": role, "content": f"Sentence {number}."} for number, role in enumerate(roles)]
+        try:
+            render_segments(tokenizer, messages)
+            facts[what] = "taken"
+        except DataError as error:
+            facts[what] = "refused"
+            findings.notes.append(str(error))
+        except CheckpointError as error:
+            facts[what] = "broken"
+            findings.problems += [str(error)] if str(error) not in findings.problems else []
+    return facts
 
 
 def _adapter(path: Path, findings: Findings) -> dict[str, Any]:
@@ -335,7 +349,11 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(content)}" for key, content in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value)) or "none"
+        words = list(map(_shown, value))
+        kinds = {word: words.count(word) for word in dict.fromkeys(words)} if len(words) > 8 else {}
+        if 0 < len(kinds) < 5:
+            words = [f"{count} x {word}" for word, count in kinds.items()]
+        return ", ".join(words if len(words) <= 64 else [*words[:4], f"... ({len(words):,})"]) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -58,7 +58,8 @@ def test_a_folder_is_described_in_full(folder, no_weights):
     assert parts(facts) == {part: (count, size, 4 * size) for part, (count, size) in expected.items()}
     assert facts["tokenizer"]["kind"] == "BPE" and facts["tokenizer"]["tokens"] == 260
     assert facts["tokenizer"]["special"]["pad_token"] == "<|pad|> (259)"
-    assert facts["template"]["system message"] == "taken" and len(facts["template"]["sha256"]) == 64
+    assert facts["template"]["system message"] == facts["template"]["several turns"] == "taken"
+    assert len(facts["template"]["sha256"]) == 64
     assert {row["file"]: row["bytes"] for row in facts["files"]} == {
         file.name: file.stat().st_size for file in folder.iterdir()
     }
@@ -80,7 +81,7 @@ def test_a_gguf_is_described(smollm2_path):
     assert (counted["attention"][0], counted["mlp"][0], counted["norms"][0]) == (120, 90, 61)
     # Q4_1: 32 weights in 20 bytes; Q8_0: 32 in 34 (ggml-common.h)
     assert counted["mlp"][2] == 3 * 30 * 576 * 1536 * 20 // 32 and counted["embedding"][2] == 49_152 * 576 * 34 // 32
-    assert facts["quantisation"] == "Q4_1 (210 tensors), Q8_0 (1 tensors)"
+    assert facts["quantisation"] == "Q4_1 (210 tensors), Q8_0 (1 tensor)"
     assert facts["tokenizer"]["tokens"] == 49_152 == facts["model"]["vocabulary"]
 
 
@@ -122,10 +123,11 @@ def test_what_loads_is_only_noted(folder):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"")
-    (folder / "chat_template.jinja").write_text("{{ messages[-1]['content'] + '<|im_end|>' }}")
+    template = "{% for m in messages %}{{ m['content'] + '<|im_end|>' if m['role'] != 'system' else '' }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
     facts = describe(folder)
     assert facts["problems"] == [] and len(facts["notes"]) == 3
-    for part in ("the head is stored though it is tied", "pytorch_model.bin", "system message is left out in silence"):
+    for part in ("the head is stored though it is tied", "pytorch_model.bin", "leaves out what the system says"):
         assert any(part in note for note in facts["notes"])
     load_model(folder)
 
@@ -142,9 +144,10 @@ def test_every_kind_of_problem_is_found_at_once(folder):
     [
         (lambda folder: rewrite(folder, model_type="mamba"), "'mamba' is not supported"),
         (lambda folder: rewrite(folder, rope_scalling={}), "did you mean 'rope_scaling'"),
-        (lambda folder: rewrite(folder, num_hidden_layers=10**12), "1,000,000,000,000 layers are claimed"),
+        (lambda folder: rewrite(folder, num_hidden_layers=10**12), "num_layers is 1000000000000"),
         (lambda folder: rewrite(folder, vocab_size=259, pad_token_id=0), "the tokenizer's ids go up to 259"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{% for"), "the chat template of"),
         (lambda folder: (folder / "config.json").write_text('{"a": 1, "a": 2}'), "the key 'a' is given twice"),
     ],
 )
