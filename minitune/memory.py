@@ -12,7 +12,8 @@ row, of attention q, k, v, of a gated unit gate and up, of o_proj its input, of 
 and B. The inputs of all other projections are made again (`ops/linear.py`). Running a step and reading the peak was
 rejected: it needs the very memory that is in question, and does not say what holds it.
 
-Not counted: Python, torch and the code that its matmul library compiles, the mask of packed rows (a byte for each pair
+Not counted: a weight in fp32, which DoRA makes for the length of its rows, modules trained whole beside adapters,
+Python, torch and the code that its matmul library compiles, the mask of packed rows (a byte for each pair
 of tokens), loading, and what an allocator keeps of freed memory: with glibc's, the process grows by 1.2 (full) to 1.5
 times (qlora) of the peak; with MALLOC_MMAP_THRESHOLD_=262144, which costs time, by the peak and 30 to 55 MB (SmolLM2
 135M, 4 x 256 tokens, bf16: `pytest -m real tests/test_memory.py`). The count is of the references in `ops`. On a GPU
@@ -46,7 +47,7 @@ class Ledger:
     scales: int
     """Of the quantised weights; in double quantisation their 8-bit codes, nested scales and means."""
     adapters: int
-    """A and B, fp32."""
+    """A and B, fp32, with DoRA's magnitudes and PiSSA's starts."""
     optimizer: int
     """Moments."""
     decode_room: int
@@ -124,17 +125,20 @@ def ledger(
     layers = config.num_layers - min((int(path.split(".")[2]) for path in adapters), default=0)  # those with gradients
     layer = tokens * (_layer(config, dtype) + _adapters(adapters, dtype) // layers)
     inputs = tokens * config.hidden_size * dtype.itemsize
+    starts = sum(start.nbytes for lora in adapters.values() for start in lora.buffers())  # of PiSSA
     gradients, head = [parameter.nbytes for parameter in trained.values()], model.head_weight.nbytes if full else 0
     return Ledger(
         weights=sum(parameter.nbytes for parameter in weights.values()),
         codes=sum(codes for codes, _ in stored),
         scales=sum(scales for _, scales in stored),
-        adapters=0 if full else sum(gradients),
+        adapters=0 if full else sum(gradients) + starts,
         optimizer=sum(_moments(optimizer, name, parameter) for name, parameter in trained.items()),
         decode_room=_decode_room(config, dtype) if packed else 0,
         gradients=max(gradients) if fused_backward else sum(gradients),
         early_gradients=head + (sum(gradients) if accumulation_steps > 1 else 0),
-        activations=tokens * _outside(config, dtype, full) + layers * (inputs if gradient_checkpointing else layer),
+        activations=tokens * _outside(config, dtype, full)
+        + layers * (inputs if gradient_checkpointing else layer)
+        + (0 if gradient_checkpointing else _joined(adapters)),
         loss_room=3 * inputs + _logits(config, dtype, tokens, full),
         layer_room=_layer_room(config, dtype, batch_size, length) + (layer - inputs if gradient_checkpointing else 0),
         step_room=(head if config.tie_embeddings else 0) + (8 * POOL if full and dtype == torch.bfloat16 else 0),
@@ -188,10 +192,23 @@ def _layer(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def _adapters(adapters: dict[str, LoRA], dtype: torch.dtype) -> int:
-    """Return the bytes a token adapters keep: R numbers of each, and dropout's mask of each input they read."""
+    """Return the bytes a token adapters keep: R numbers of each, and dropout's mask of each input they read.
+
+    DoRA keeps two outputs of its layer besides, and all inputs but o_proj's, which is kept anyway.
+    """
     inputs = {(path.rsplit(".", 1)[0], path.endswith(("o_proj", "down_proj"))): lora for path, lora in adapters.items()}
     masks = sum(lora.A.shape[1] for lora in inputs.values() if lora.dropout)
-    return (sum(len(lora.A) for lora in adapters.values()) + masks) * dtype.itemsize
+    kept = sum(2 * len(lora.B) for lora in adapters.values() if lora.magnitude is not None)
+    for (parent, last), lora in inputs.items():
+        made_again = not (last and parent.endswith("self_attn"))
+        kept += lora.A.shape[1] if lora.magnitude is not None and made_again else 0
+    return (sum(len(lora.factors()[0]) for lora in adapters.values()) + masks + kept) * dtype.itemsize
+
+
+def _joined(adapters: dict[str, LoRA]) -> int:
+    """Return the bytes of the factors that PiSSA joins with its start in every pass (`LoRA.factors`)."""
+    pissa = [lora for lora in adapters.values() if lora.A0 is not None and lora.magnitude is None]
+    return sum(factor.nbytes for lora in pissa for factor in lora.factors())
 
 
 def _outside(config: ModelConfig, dtype: torch.dtype, full: bool) -> int:

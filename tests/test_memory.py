@@ -170,6 +170,28 @@ def test_activations_follow_the_adapters(lora):
     assert agree(TINY, "lora", BF16, lora=lora)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoRAConfig(init="pissa"),
+        LoRAConfig(init="pissa", target_modules=("q_proj", "down_proj")),
+        LoRAConfig(dora=True, rank=4),
+        LoRAConfig(dora=True, rank=4, target_modules=("o_proj", "down_proj", "k_proj")),
+    ],
+    ids=["pissa", "pissa in some", "dora", "dora in some"],
+)
+def test_activations_of_other_kinds_of_adapter(lora, dtype):
+    """DoRA's casts of its factors for bf16 are left out: 4% in a model as narrow as this one."""
+    model, parameters = build(TINY, "lora", dtype, lora=lora)
+    counted = ledger(TINY, "lora", BATCH, LENGTH, dtype=dtype, lora=lora)
+    adapters = lora_modules(model).values()
+    assert counted.adapters == total(each for lora in adapters for each in (*lora.parameters(), *lora.buffers()))
+    assert counted.gradients == total(parameters.values())
+    missing = -BATCH * LENGTH % 32 * TINY.hidden_size * dtype.itemsize
+    assert saved(model) / (counted.activations + missing) == pytest.approx(1, abs=0.06 if lora.dora else 0.01)
+
+
 def test_an_input_kept_in_vain_is_noticed(monkeypatch):
     class Kept:
         of = staticmethod(lambda function, *inputs: function(*inputs))
