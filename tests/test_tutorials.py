@@ -17,16 +17,34 @@ from minitune.sources import fetch
 
 ROOT = Path(__file__).parents[1]
 FORWARD, LORA, STEP = "01_forward_pass", "02_lora", "03_training_step"
+FAMILIES = "04_families"
+FILES = "05_files"
 NF4, MATMUL, MEMORY = "06_nf4", "07_triton_matmul", "08_qlora_memory"
 DPO, FRONTIER = "09_dpo", "10_preference_frontier"
 PICTURES = {
-    FORWARD: "attention.png", LORA: "singular_values.png", STEP: "loss_mask.png", NF4: "nf4.png", MEMORY: "memory.png",
-    DPO: "dpo_weight.png", FRONTIER: "preference_frontier.png",
+    FORWARD: "attention.png", LORA: "singular_values.png", STEP: "loss_mask.png", FAMILIES: "families.png",
+    FILES: "row_order.png", NF4: "nf4.png", MEMORY: "memory.png", DPO: "dpo_weight.png",
+    FRONTIER: "preference_frontier.png",
 }  # fmt: skip
 PROMISED = {
     FORWARD: ("(B=1, T=5, H=9, d=64)", "(B=1, T=5, F=1536)", "x x x x x", "' Paris'", "one token in the cache: 46,080"),
     LORA: ("equal, bit for bit", "dA where B is zero: exactly 0", "measured and by autograd", "G has rank 14", "1.82%"),
     STEP: ("'positive'       TARGET", "'<|im_end|>'     TARGET", "mean of means", "length before", "the loop, step 2"),
+    FAMILIES: (
+        "Gemma 2 2B: 2,614,341,888 parameters",
+        "refused: config.json: the field 'num_experts'",
+        "token 0 is heard by tokens up to 30",
+        "agree: w - 1 stored and 1 added",
+        "agree: q, k, v head by head (GPT-NeoX)",
+    ),
+    FILES: (
+        "equal: where the bytes begin",
+        "is given twice",
+        "leads outside the folder",
+        "equal, bit for bit: the embedding, 28,311,552",
+        "0  4  1  5  2  6  3  7",
+        "equal, bit for bit: q_proj, rows put back",
+    ),
     NF4: (
         "equal, bit for bit: the bytes",
         "equal, bit for bit: weights decoded, 884,736",
@@ -76,6 +94,28 @@ BUGS = {
         STEP,
         "import minitune.training.optimizer as m; m.Optimizer.clip = lambda self, norm: None",
         "== every",
+    ),
+    "a window is one token too long": (
+        FAMILIES,
+        "import minitune.model.transformer as m; right = m.visibility\n"
+        "m.visibility = lambda positions, offset, window: right(positions, offset, window and window + 1)",
+        "== 5.",
+    ),
+    "the norms' offset is forgotten": (
+        FAMILIES,
+        "import minitune.model.transformer as m; right = m.RMSNorm.forward\n"
+        "m.RMSNorm.forward = lambda self, x: m.rms_norm(x, self.weight, self.eps)",
+        "== 6.",
+    ),
+    "the rows of q and k stay where they are": (
+        FILES,
+        "import minitune.checkpoint.gguf as m; m.Layout.places = lambda self, rows: None",
+        "== 8.",
+    ),
+    "a path in an index leads anywhere": (
+        FILES,
+        "import minitune.checkpoint.huggingface as m; m._inside = lambda folder, name: folder / name",
+        "== 4.",
     ),
     "the first weight goes into the low nibble": (
         NF4,
