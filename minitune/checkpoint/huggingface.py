@@ -5,6 +5,7 @@ one runs whatever code it holds.
 """
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _sharded(folder: Path) -> dict[str, StoredTensor]:
     if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
         raise CheckpointError(f"{folder / INDEX}: weight_map must be an object of tensor name -> file name")
     files = {shard: _inside(folder, shard) for shard in sorted(set(names.values()))}
-    absent = [shard for shard, file in files.items() if not file.is_file()]
+    absent = [shard for shard, file in files.items() if not os.path.isfile(file)]  # pathlib's raises for long names
     if absent:
         raise CheckpointError(f"{folder} lacks shards that {INDEX} names: {', '.join(absent)}; fetch them again")
     shards = {shard: read_header(file) for shard, file in files.items()}
@@ -100,8 +101,8 @@ def _inside(folder: Path, name: str) -> Path:
     path, home = folder / name, folder.resolve()
     try:
         real = path.resolve()
-    except ValueError as error:  # a zero byte
-        raise CheckpointError(f"{folder}: {name!r} cannot be a file's name ({error})") from None
+    except (ValueError, OSError, RuntimeError):  # a zero byte, too long, a circle of links
+        raise CheckpointError(f"{folder}: {name[:80]!r} cannot be a file's name") from None
     in_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
     if ".." in Path(name).parts or not (real.is_relative_to(home) or in_cache):
         raise CheckpointError(f"{folder}: the file {name!r} leads outside the folder; it is refused")

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -190,12 +191,67 @@ def test_unknown_configs_are_refused(tiny_folder, tmp_path, change, expected):
         load_model(folder)
 
 
-def test_absurd_layer_count_is_refused_before_building(tiny_folder, tmp_path):
-    folder = tiny_folder(tmp_path / "m")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**12},
+        {"num_hidden_layers": 9_999},
+        {"vocab_size": 10**30},
+        {"vocab_size": 2**62, "hidden_size": 2**40},
+        {"hidden_size": 2**60},
+        {"intermediate_size": 10**18},
+        {"num_attention_heads": 2**40, "num_key_value_heads": 2**40, "head_dim": 2},
+        {"head_dim": 10**12},
+        {"eos_token_id": list(range(10**5, 2 * 10**5))},
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 10**5, "long_factor": [1.0] * 10**5}},
+        {"layer_types": ["full_attention"] * 10**5},
+        {"rope_theta": -1},
+    ],
+    ids=lambda change: ", ".join(change),
+)
+def test_absurd_sizes_are_refused_at_once(tiny_folder, tmp_path, change):
+    folder = tiny_folder(tmp_path / "m", tokenizer=False)
     fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": 10**12}))
-    with pytest.raises(CheckpointError, match="1,000,000,000,000 layers are claimed"):
+    if "rope_theta" in change:
+        del fields["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps({**fields, **change}))
+    began = time.process_time()
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
         load_model(folder)
+    assert time.process_time() - began < 1
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
+
+
+def test_a_key_given_twice_is_refused(tiny_folder, tmp_path):
+    """Which of the two counts differs from one program to another."""
+    folder = tiny_folder(tmp_path / "m", max_shard_size="20KB")
+    for name in ("config.json", "model.safetensors.index.json"):
+        file = folder / name
+        text = file.read_text()
+        key = next(iter(json.loads(text)))
+        file.write_text(text.replace("{", f'{{"{key}": null, ', 1))
+        with pytest.raises(CheckpointError, match=f"{name}: .*'{key}' is given twice"):
+            load_model(folder)
+        file.write_text(text)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    content = shard.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = content[8 : 8 + length].decode().rstrip()
+    (name, entry), *_ = [one for one in json.loads(header).items() if one[0] != "__metadata__"]
+    twice = f'{header[:-1]}, "{name}": {json.dumps(entry)}}}'.encode()
+    shard.write_bytes(struct.pack("<Q", len(twice)) + twice + content[8 + length :])
+    with pytest.raises(CheckpointError, match=f"'{name}' is given twice"):
+        load_model(folder)
+
+
+def test_a_file_name_that_cannot_be_one_is_refused(tiny_folder, tmp_path):
+    folder = tiny_folder(tmp_path / "m", max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    for strange in ("a\0b", "x" * 5000, "", "."):
+        index.write_text(json.dumps({"weight_map": {**names, "model.norm.weight": strange}}))
+        with pytest.raises(CheckpointError, match="cannot be a file's name|lacks shards"):
+            load_model(folder)
 
 
 MEASURE = """
