@@ -38,7 +38,7 @@ def from_sentencepiece(file: Path, settings: dict) -> Tokenizer:
         raise CheckpointError(f"{file}: a sentencepiece model that cuts by words or characters; known: BPE, unigram")
     prefix = model.normalize("a") != "a"
     build = from_pieces if kind == BPE else _unigram
-    tokenizer = build(pieces, scores, model.unk_id(), prefix, settings.get("legacy", True), preparation)
+    tokenizer = build(pieces, scores, model.unk_id(), prefix, settings.get("legacy") is not False, preparation)
     add_declared(tokenizer, _declared(settings, pieces, scores, reserved), file)
     for name, id in (("bos_token", model.bos_id()), ("eos_token", model.eos_id()), ("unk_token", model.unk_id())):
         settings.setdefault(name, pieces[id] if id >= 0 else None)

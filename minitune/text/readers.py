@@ -11,9 +11,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from minitune.errors import CheckpointError
-from minitune.files import read_json
 from minitune.text.encoder import library_errors
 from minitune.text.pieces import add_declared, from_pieces, from_sentencepiece, put_before
+from minitune.text.settings import read_settings
 from minitune.text.splits import split_named
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
@@ -26,10 +26,7 @@ def read_folder(folder: Path) -> tuple[Tokenizer, dict, list[int]]:
 
     Raises CheckpointError where there is none or it is damaged.
     """
-    settings, ends = _settings(folder), []
-    for name in ("generation_config.json", "config.json"):
-        found = read_json(folder / name, optional=True).get("eos_token_id")
-        ends += found if isinstance(found, list) else [] if found is None else [found]
+    settings, ends = read_settings(folder)
     if (folder / "tokenizer.json").is_file():
         with library_errors(f"{folder}/tokenizer.json"):
             return Tokenizer.from_file(str(folder / "tokenizer.json")), settings, ends
@@ -47,21 +44,6 @@ def _instead(folder: Path) -> str:
     if (folder / "adapter" / "adapter_config.json").is_file():
         return f"a run, not a model; give its base as the model, {folder / 'adapter'} as the adapter"
     return "no tokenizer.json or tokenizer.model; copy the model's files there"
-
-
-def _settings(folder: Path) -> dict:
-    """Gather tokenizer_config.json, the earlier files beside it and the chat template's own file into one dict."""
-    names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
-    special, settings, added = (read_json(folder / name, optional=True) for name in names)
-    settings = special | settings
-    for content, id in added.items():
-        settings.setdefault("added_tokens_decoder", {}).setdefault(str(id), {"content": content, "special": True})
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return settings | {"chat_template": template}
 
 
 def read_gguf(path: Path) -> tuple[Tokenizer, dict, list[int]]:

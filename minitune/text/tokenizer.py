@@ -17,10 +17,10 @@ from minitune.errors import CheckpointError, ConfigError, DataError, MinituneErr
 from minitune.files import write_json
 from minitune.text.encoder import Encoder, Place
 from minitune.text.readers import read_folder, read_gguf
+from minitune.text.settings import EXTRA, NAMED
 from minitune.text.stream import StreamDecoder
 from minitune.text.templates import ChatTemplate
 
-NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "Hi"}]
 
 
@@ -42,8 +42,8 @@ def _content(token: str | dict) -> str:
 
 
 def _extra_special(settings: dict) -> list[str]:
-    """Return the special tokens beyond the named ones, under transformers' present and earlier key."""
-    groups = [settings.get(key) or [] for key in ("extra_special_tokens", "additional_special_tokens")]
+    """Return the special tokens beyond the named ones."""
+    groups = [settings.get(key) or [] for key in EXTRA]
     return [_content(token) for group in groups for token in (group.values() if isinstance(group, dict) else group)]
 
 
