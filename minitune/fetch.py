@@ -1,6 +1,8 @@
 """`python -m minitune.fetch NAME...`: bring models and data named in the manifest to this machine."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from minitune.cli import parse
 from minitune.errors import run_command
@@ -31,16 +33,29 @@ def main(argv: list[str] | None = None) -> None:
     from minitune import sources
 
     if config.list or not config.names:
-        for entry in sources.read_manifest().values():
-            size = sum(file.bytes or 0 for file in entry.files)
-            print(f"{entry.name}  ({f'{size / 1e6:,.1f} MB, ' if size else ''}{entry.licence}) {sources.status(entry)}")
-            print(f"    {entry.about}")
-            for file in entry.files:
-                if file.name:
-                    print(f"    {file.name}: {file.local}")
-        return
-    for name in config.names:
+        print("\n".join([*_entries(sources.read_manifest().values()), *_families()]))
+    for name in () if config.list else config.names:
         sources.fetch(name, accept_licence=config.accept_licence, say=print)
+
+
+def _entries(entries: Iterable[Any]) -> Iterator[str]:
+    """Say what can be fetched: name, size, licence and whether it is here, then what it is."""
+    from minitune.sources import status
+
+    for entry in entries:
+        size = sum(file.bytes or 0 for file in entry.files)
+        consent = ", to be accepted" if entry.accept_licence else ""
+        yield f"{entry.name}  ({f'{size / 1e6:,.1f} MB, ' if size else ''}{entry.licence}{consent}) {status(entry)}"
+        yield f"    {entry.about}"
+        yield from (f"    {file.name}: {file.local}" for file in entry.files if file.name)
+
+
+def _families() -> Iterator[str]:
+    """Say which families of models load, from Hugging Face folders and from GGUF."""
+    from minitune.model.families import FAMILIES  # which imports torch
+
+    yield "\nModels of these families load from a path, as a Hugging Face folder or a GGUF file:"
+    yield from (f"{name}\n    {family.about}" for name, family in FAMILIES.items())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 
 from minitune import sources
 from minitune.errors import CheckpointError, FetchError
+from minitune.model.families import FAMILIES
 from minitune.sources import fetch, read_manifest, resolve
 
 DATA = b"row\n" * 50_000
@@ -387,6 +388,8 @@ def test_door_lists_helps_and_explains(weights):
     done = command("--list")
     assert done.returncode == 0 and "from-sdist" in done.stdout and "one: one.json" in done.stdout
     assert "is not fetched yet" in done.stdout and "MIT" in done.stdout
+    assert "example.org/terms, to be accepted) is not fetched yet" in done.stdout
+    assert all(f"\n{family}\n    {facts.about}\n" in f"{done.stdout}\n" for family, facts in FAMILIES.items())
     done = command("in-parts")
     assert done.returncode == 2 and "--accept_licence" in done.stderr and "example.org/terms" in done.stdout
     assert command("in-parts", "--accept-licence").returncode == 0
