@@ -78,8 +78,8 @@ def split_named(name: str | None, architecture: str | None, where: object) -> Sp
 
     Raises CheckpointError, beginning with `where`, for a name that is not known or missing.
     """
-    name = _UNNAMED.get(architecture) if name is None else name
-    if name not in SPLITS:
+    name = _UNNAMED.get(str(architecture)) if name is None else name
+    if str(name) not in SPLITS:
         known = f"known: {', '.join(sorted(SPLITS))}{nearest(str(name), SPLITS)}"
         raise CheckpointError(f"{where}: tokenizer.ggml.pre {name!r}; {known}; else use the folder with tokenizer.json")
-    return SPLITS[name]
+    return SPLITS[str(name)]
