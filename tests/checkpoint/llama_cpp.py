@@ -1,10 +1,9 @@
 """llama.cpp itself as a judge: built once from the source archive that is pinned in the manifest, kept beside weights.
 
-`converted` runs its own converter, from the same archive, on a Hugging Face folder.
+`convert` runs its own converter, from the same archive, on Hugging Face folders.
 """
 
 import functools
-import json
 import os
 import shutil
 import subprocess
@@ -22,15 +21,22 @@ _OPTIONS = ("LLAVA_BUILD", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_EXAMPLES", "LLAMA_B
             "GGML_OPENMP")  # fmt: skip
 _WANTED = ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py")
 _CONVERT = """
-import sys
-folder, out, kind, root, architecture = sys.argv[1:]
+import json, pathlib, sys
+root, *folders = sys.argv[1:]
 sys.path[:0] = [root, root + "/gguf-py"]
 import conversion, convert_hf_to_gguf
-for part in conversion.get_model_class(architecture).__mro__:  # a tiny model's vocabulary is not one it knows
-    if "set_vocab" in vars(part):
-        part.set_vocab = lambda self: None
-sys.argv = ["convert", folder, "--outfile", out, "--outtype", kind]
-convert_hf_to_gguf.main()
+from conversion import base
+def config(folder, *_, **__):  # the file itself: transformers 5 gives other names to fields than it reads
+    return json.loads(pathlib.Path(folder, "config.json").read_text())
+base.ModelBase.load_hparams = staticmethod(config)
+for folder in folders:
+    architecture = config(folder)["architectures"][0]
+    for part in conversion.get_model_class(architecture).__mro__:  # a tiny model's vocabulary is not one it knows
+        if "set_vocab" in vars(part):
+            part.set_vocab = lambda self: None
+    for kind in ("f32", "bf16", "q8_0"):
+        sys.argv = ["convert", folder, "--outfile", f"{folder}/{kind}.gguf", "--outtype", kind]
+        convert_hf_to_gguf.main()
 """
 
 
@@ -73,11 +79,9 @@ def _run(command: list, **environment: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def converted(folder: Path, path: Path, kind: str = "f32") -> Path:
-    """Return the GGUF file that llama.cpp's converter makes of a folder, without a tokenizer."""
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    _run([sys.executable, "-c", _CONVERT, folder, path, kind, home() / "converter", architecture])
-    return path
+def convert(folders: list[Path]) -> None:
+    """Let llama.cpp's converter write f32.gguf, bf16.gguf and q8_0.gguf into each folder, without tokenizers."""
+    _run([sys.executable, "-c", _CONVERT, home() / "converter", *folders])
 
 
 class LlamaCpp:

@@ -7,8 +7,7 @@ from minitune.checkpoint.gguf_writer import save_gguf
 from minitune.checkpoint.load import load_model, load_tokenizer
 from minitune.gguf_io import read_file
 from tests.checkpoint.gguf_cases import CASES, NAMES, folder_of
-from tests.checkpoint.llama_cpp import LlamaCpp, converted, home
-from tests.parity.twins import write
+from tests.checkpoint.llama_cpp import LlamaCpp, convert, home
 
 pytestmark = pytest.mark.real
 TEXT = "hello and what? The harbour was quiet. <|im_end|> 3.14 näive\n\n\tx = 7; 🎉 don't"
@@ -30,30 +29,35 @@ def greedy(model, ids, count):
     return ids[-count:]
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Every case's folder, with what llama.cpp's converter makes of it."""
+    made = {case.name: folder_of(case, tmp_path_factory.mktemp("hf")) for case in CASES}
+    convert(list(made.values()))
+    return made
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_its_converter_and_our_writer_store_the_same(case, tmp_path):
-    """Read what it writes: logits are transformers'. Write what it writes: every tensor in the same bits."""
-    theirs = write(case, tmp_path / "plain")
-    folder = folder_of(case, tmp_path / "hf")
-    ids = torch.arange(2 * 30).view(2, 30) * 37 % 260
-    expected = theirs(ids).logits
-    rows = 268 if case.family == "gemma3" else None  # it drops rows without a token
+def test_its_converter_and_our_writer_store_the_same(case, folders, tmp_path):
+    """Read what it writes: logits are the folder's. Write what it writes: every tensor in the same bits."""
+    folder = folders[case.name]
+    model, ids = load_model(folder), torch.arange(2 * 30).view(2, 30) * 37 % 260
+    rows = 272 if case.family == "gemma3" else None  # it drops rows that it counts no token for
+    expected = model(ids)[..., :rows]
+    assert (load_model(folder / "f32.gguf")(ids) - expected).norm() < 1e-6 * expected.norm()
     for kind, dtype in (("f32", "float32"), ("bf16", "bfloat16"), ("q8_0", "q8_0")):
-        path = converted(folder, tmp_path / f"{kind}.gguf", kind)
-        if kind == "f32":
-            logits = load_model(path)(ids)
-            assert (logits - expected[..., :rows]).norm() < 1e-5 * expected[..., :rows].norm()
-        save_gguf(load_model(folder), None, tmp_path / f"ours_{kind}.gguf", dtype=dtype)
-        stored = [{t.name: t for t in read_file(p, arrays=False)[1]} for p in (path, tmp_path / f"ours_{kind}.gguf")]
-        assert stored[0].keys() == stored[1].keys()
-        for name, tensor in stored[0].items():
-            ours = stored[1][name]
-            assert ours.tensor_type == tensor.tensor_type
+        path = tmp_path / f"{kind}.gguf"
+        save_gguf(model, None, path, dtype=dtype)
+        theirs, ours = ({t.name: t for t in read_file(p, arrays=False)[1]} for p in (folder / path.name, path))
+        assert theirs.keys() == ours.keys()
+        for name, tensor in theirs.items():
+            data = ours[name].data[:rows] if name == "token_embd.weight" else ours[name].data
+            assert ours[name].tensor_type == tensor.tensor_type
             if name.startswith("rope_freqs"):  # computed in fp32 there
-                torch.testing.assert_close(torch.tensor(ours.data), torch.tensor(tensor.data), rtol=1e-6, atol=0)
+                torch.testing.assert_close(torch.tensor(data), torch.tensor(tensor.data), rtol=1e-6, atol=0)
             else:
-                assert bytes(ours.data[:rows] if name == "token_embd.weight" else ours.data) == bytes(tensor.data), name
+                assert bytes(data) == bytes(tensor.data), name
 
 
 @torch.no_grad()
