@@ -53,6 +53,7 @@ class LoRA(Wide):
         self.scaling = config.scaling
         self.dropout = config.dropout
         self.enabled = True
+        self.plain = not config.dora and config.init == "kaiming"  # then `linear.project` takes A and B as they are
         self.held_scales: torch.Tensor | None = None  # of `row_scales`, while nothing changes (`lora.hold_scales`)
 
     @torch.no_grad()
@@ -112,6 +113,8 @@ class Choice:
 
 class Several(nn.Module):
     """The adapters of one layer by name, of which `choice` says which is on."""
+
+    plain, enabled = False, True
 
     def __init__(self, choice: Choice):
         """Start without any."""

@@ -95,17 +95,30 @@ def project(x: torch.Tensor | Remade, layers: tuple[Linear, ...]) -> tuple[torch
     """Apply several layers to one input x (..., in) in one matmul; returns one (..., out_i) for each."""
     adapters, dropout = [], 0.0
     for layer in layers:
+        lora = layer.lora
+        active = lora is not None and lora.enabled
+        if active and not lora.plain:
+            return _project_any(x, layers)
+        adapters.append(Adapter(lora.A, lora.B, lora.scaling) if active else None)
+        if active and lora.training:
+            dropout = lora.dropout
+    return projections(
+        x, [layer.stored_weight for layer in layers], [layer.bias for layer in layers], adapters, dropout
+    )
+
+
+def _project_any(x: torch.Tensor | Remade, layers: tuple[Linear, ...]) -> tuple[torch.Tensor, ...]:
+    """Do as `project`, for slots that hold anything."""
+    for layer in layers:
         if isinstance(layer.lora, Several) and layer.lora.choice.groups is not None:
             return _project_rows(x, layers, layer.lora.choice.groups)
-        lora = layer.chosen
-        if lora is None or not lora.enabled:
-            adapters.append(None)
-            continue
-        if lora.magnitude is not None or lora.A0 is not None and lora.training and lora.dropout:
-            return tuple(_project_alone(x, each) for each in layers)
-        adapters.append(Adapter(*lora.factors(), lora.scaling))
-        if lora.training:
-            dropout = lora.dropout
+    loras = [layer.chosen for layer in layers]
+    loras = [lora if lora is not None and lora.enabled else None for lora in loras]
+    present = [lora for lora in loras if lora is not None]
+    dropout = max((lora.dropout for lora in present if lora.training), default=0.0)
+    if any(lora.magnitude is not None or lora.A0 is not None and dropout for lora in present):
+        return tuple(_project_alone(x, layer, lora) for layer, lora in zip(layers, loras, strict=True))
+    adapters = [None if lora is None else Adapter(*lora.factors(), lora.scaling) for lora in loras]
     return projections(
         x, [layer.stored_weight for layer in layers], [layer.bias for layer in layers], adapters, dropout
     )
@@ -124,11 +137,11 @@ def _project_rows(x, layers: tuple[Linear, ...], groups: list[tuple[str, torch.T
     return parts
 
 
-def _project_alone(x: torch.Tensor | Remade, layer: Linear) -> torch.Tensor:
-    """Apply one layer whose update is not the plain one of `projections`."""
-    x, lora = x.value if isinstance(x, Remade) else x, layer.chosen
+def _project_alone(x: torch.Tensor | Remade, layer: Linear, lora: LoRA | None) -> torch.Tensor:
+    """Apply one layer with an update that is not the plain one of `projections`."""
+    x = x.value if isinstance(x, Remade) else x
     (y,) = projections(x, [layer.stored_weight], [layer.bias], [None])
-    return y if lora is None or not lora.enabled else _updated(y, x, layer, lora)
+    return y if lora is None else _updated(y, x, layer, lora)
 
 
 def _updated(y: torch.Tensor, x: torch.Tensor, layer: Linear, lora: LoRA) -> torch.Tensor:

@@ -67,6 +67,23 @@ def test_dora_equals_peft_in_logits_gradients_and_training():
     assert losses[0] < 4
 
 
+MISTAKES = {
+    "the length takes part in the gradient": lambda lora, weight: lora.magnitude / torch.linalg.vector_norm(
+        weight + lora.scaling * lora.B @ lora.A, dim=1),
+    "the length of W alone": lambda lora, weight: lora.magnitude / weight.norm(dim=1),
+    "scaling forgotten in the length": lambda lora, weight: lora.magnitude / (weight + lora.B @ lora.A).norm(
+        dim=1).detach(),
+    "no length": lambda lora, weight: lora.magnitude,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_in_dora_are_noticed(mistake, monkeypatch):
+    monkeypatch.setattr(LoRA, "row_scales", lambda lora, weight: MISTAKES[mistake](lora, weight))
+    with pytest.raises(AssertionError):
+        test_dora_equals_peft_in_logits_gradients_and_training()
+
+
 @pytest.mark.parametrize("dora", [True, False])
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
 @pytest.mark.parametrize("bias", [True, False])
