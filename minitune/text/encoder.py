@@ -6,6 +6,7 @@ library knows only whole texts, so a run elsewhere is encoded by a copy whose se
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Literal
 
 from tokenizers import AddedToken, Encoding, Tokenizer, models
 
-from minitune.errors import CheckpointError
+from minitune.errors import CheckpointError, MinituneError
 from minitune.text.stream import byte_level_alphabet
 
 Place = Literal["start", "control", "inside"]
@@ -22,12 +23,14 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 @contextmanager
 def library_errors(where: object) -> Iterator[None]:
-    """Raise CheckpointError, beginning with `where`, for whatever `tokenizers` raises.
+    """Raise CheckpointError, beginning with `where`, for whatever `tokenizers` or `sentencepiece` raise; ours passes.
 
-    It raises plain Exception for anything wrong with a file, and a panic of its Rust code is not even that.
+    The former raises plain Exception for anything wrong with a file, and a panic of its Rust code is not even that.
     """
     try:
         yield
+    except MinituneError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -77,7 +80,8 @@ class Encoder:
     @cached_property
     def bos_id(self) -> int | None:
         """The id that the tokenizer's own post-processor puts before a text, if any."""
-        ids = self._tokenizer.encode("").ids
+        with library_errors(self.origin):
+            ids = self._tokenizer.encode("").ids
         return ids[0] if ids else None
 
     @cached_property
@@ -134,7 +138,7 @@ class Encoder:
         if self._alphabet is not None:
             known = all(character in self._alphabet for character in token)
             return bytes(self._alphabet[character] for character in token) if known else token.encode()
-        if self._byte_fallback and len(token) == 6 and token.startswith("<0x"):
+        if self._byte_fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
             return bytes([int(token[3:5], 16)])
         return token.replace(SPACE, " ").encode()
 

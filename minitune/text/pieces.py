@@ -8,12 +8,13 @@ is refused. Running both libraries side by side was rejected: it doubles every r
 spaces and streaming. A GGUF file with scores is the BPE kind.
 """
 
-from math import copysign
+from math import copysign, isfinite
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from minitune.errors import CheckpointError
+from minitune.text.encoder import library_errors
 
 SAMPLE = "The ①②, ﬁne  Ａ\u3000ｶﾞ caf\u00e9 cafe\u0301\t\n\nx=1;  don't 世界 🎉 <0x41> "
 UNIGRAM, BPE = 1, 2  # ModelType in sentencepiece_model.proto
@@ -24,21 +25,27 @@ def from_sentencepiece(file: Path, settings: dict) -> Tokenizer:
 
     Raises CheckpointError where the file is damaged, of another kind, or not rebuilt exactly.
     """
+    with library_errors(file):
+        return _rebuilt(file, settings)
+
+
+def _rebuilt(file: Path, settings: dict) -> Tokenizer:
+    """Do the work of `from_sentencepiece`; what either library raises passes."""
     from sentencepiece import SentencePieceProcessor
 
-    try:
-        model = SentencePieceProcessor(model_file=str(file))
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{file}: not a sentencepiece model ({error}); fetch it again") from error
+    model = SentencePieceProcessor(model_file=str(file))
     pieces = [model.id_to_piece(id) for id in range(len(model))]
+    kind, preparation = _preparation(model.serialized_model_proto())
     reserved = [model.is_control(id) or model.is_unknown(id) for id in range(len(model))]
     scores = [None if reserved[id] or model.is_byte(id) else model.get_score(id) for id in range(len(model))]
-    kind, preparation = _preparation(model.serialized_model_proto())
+    if not all(map(isfinite, (score for score in scores if score is not None))):
+        raise CheckpointError(f"{file}: its scores are not finite; fetch it again")
     if kind not in (UNIGRAM, BPE):
         raise CheckpointError(f"{file}: a sentencepiece model that cuts by words or characters; known: BPE, unigram")
     prefix = model.normalize("a") != "a"
     build = from_pieces if kind == BPE else _unigram
-    tokenizer = build(pieces, scores, model.unk_id(), prefix, settings.get("legacy") is not False, preparation)
+    repeat = settings.get("legacy") is not False
+    tokenizer = build(pieces, scores, model.unk_id(), prefix, repeat, preparation)
     add_declared(tokenizer, _declared(settings, pieces, scores, reserved), file)
     for name, id in (("bos_token", model.bos_id()), ("eos_token", model.eos_id()), ("unk_token", model.unk_id())):
         settings.setdefault(name, pieces[id] if id >= 0 else None)
@@ -69,22 +76,23 @@ def _preparation(model: bytes) -> tuple[int, list[normalizers.Normalizer]]:
     only nonsense (a ligature with an accent) is written otherwise.
     """
     whole = _message(model)
-    trainer, normalizer = (_message(whole.get(number, b"")) for number in (2, 3))
-    name = normalizer.get(1, b"")
+    trainer, normalizer = (_message(whole.get((number, 2), b"")) for number in (2, 3))
+    name, charsmap = (normalizer.get((number, 2), b"") for number in (1, 2))
     steps = [normalizers.NFKC()] if b"nfkc" in name else []
     steps += [normalizers.Replace("\r", "\n")] if b"nmt" in name else []
-    steps += [normalizers.Precompiled(normalizer[2])] if normalizer.get(2) else []
-    if normalizer.get(4, 1):
+    steps += [normalizers.Precompiled(charsmap)] if charsmap else []
+    if normalizer.get((4, 0), 1):
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A |[ ▁]+\z"), "")]
-    return trainer.get(3, UNIGRAM), steps
+    return trainer.get((3, 0), UNIGRAM), steps
 
 
-def _message(data: bytes) -> dict[int, int | bytes]:
-    """Return the last value of each field of a protocol buffer that a library wrote: numbers as int, others as bytes.
+def _message(data: bytes) -> dict[tuple[int, int], int | bytes]:
+    """Return (number, wire type) -> last value of the fields of a protocol buffer: numbers as int, others as bytes.
 
     A field is a varint (number * 8 + wire type), then a varint (0), 8 bytes (1), a length and bytes (2), 4 bytes (5).
+    Raises LookupError for anything else.
     """
-    fields: dict[int, int | bytes] = {}
+    fields: dict[tuple[int, int], int | bytes] = {}
     at = 0
 
     def varint() -> int:
@@ -99,10 +107,10 @@ def _message(data: bytes) -> dict[int, int | bytes]:
     while at < len(data):
         number, wire = divmod(varint(), 8)
         if wire == 0:
-            fields[number] = varint()
+            fields[number, wire] = varint()
             continue
         size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
-        fields[number] = data[at : at + size]
+        fields[number, wire] = data[at : at + size]
         at += size
     return fields
 

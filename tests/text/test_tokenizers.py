@@ -449,7 +449,7 @@ def test_tokens_that_other_files_add(piece_folder):
 BROKEN = {
     "nothing": ({}, "no tokenizer.json or tokenizer.model"),
     "json": ({"tokenizer.json": "{"}, "tokenizer.json is damaged"),
-    "model": ({"tokenizer.model": "garbage"}, "not a sentencepiece model"),
+    "model": ({"tokenizer.model": "garbage"}, "tokenizer.model is damaged"),
     "config": ({"tokenizer.json": "x", "tokenizer_config.json": "{"}, "not valid JSON"),
     "list": ({"tokenizer.json": "x", "tokenizer_config.json": "[]"}, "not an object"),
 }
