@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from minitune import safetensors_io
 from minitune.checkpoint.huggingface import save_model
 from minitune.checkpoint.load import load_model, load_tokenizer
+from minitune.checkpoint.merge import merge
 from minitune.errors import CheckpointError
 from minitune.inspect import describe
+from minitune.model.config import LoRAConfig
+from minitune.model.lora import add_lora
 from minitune.safetensors_io import read_tensors, write_tensors
-from tests.parity.cases import Case, main_cases
+from tests.parity.cases import FAMILIES, ROPES, Case, main_cases
 from tests.parity.twins import quiet, write
 
 IDS = torch.arange(2 * 9).view(2, 9) * 13 % 256
@@ -42,7 +45,14 @@ def test_folder_goes_round_through_transformers(tiny_folder, tmp_path, tie, limi
     assert load_model(tmp_path / "saved").config == model.config
 
 
-@pytest.fixture(scope="module", params=main_cases(), ids=lambda case: case.family)
+OTHERS = [case for case in (*FAMILIES, *ROPES) if case not in main_cases()]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*main_cases(), *(pytest.param(case, marks=pytest.mark.real) for case in OTHERS)],
+    ids=lambda case: case.name,
+)
 def family(request, tmp_path_factory) -> tuple[Case, Path]:
     """A tiny model of each family, as transformers writes it in fp32."""
     folder = tmp_path_factory.mktemp("family") / "m"
@@ -83,16 +93,25 @@ def test_every_family_goes_round_in_equal_bits(family, tmp_path, dtype):
         again = load_model(folder)
         assert again.dtype == getattr(torch, dtype) and again.config == model.config
         assert same(again.state_dict(), model.state_dict()) and same(stored(folder), expected)
-        assert describe(folder)["problems"] == []
+        facts = describe(folder)
+        assert facts["problems"] == [] and "other" not in {row["part"] for row in facts["parts"]}
 
 
 @torch.no_grad()
 def test_transformers_reads_every_family(family, tmp_path):
-    """From several files, with the logits of the folder that it wrote itself."""
-    save_model(load_model(family[1]), None, tmp_path / "m", max_shard_bytes=30_000)
+    """From several files: the logits of the folder that it wrote itself, and those of a merged adapter."""
+    model = load_model(family[1])
+    save_model(model, None, tmp_path / "m", max_shard_bytes=30_000)
     before, after = theirs(family[1]), theirs(tmp_path / "m")
     ids = IDS % before.config.vocab_size
     assert after.dtype == torch.float32 and torch.equal(after(ids).logits, before(ids).logits)
+    for lora in add_lora(model, LoRAConfig(rank=2)).values():
+        lora.B.normal_(std=0.01, generator=torch.Generator().manual_seed(0))
+    live = model(ids)
+    merge(model)
+    save_model(model, None, tmp_path / "merged")
+    merged = theirs(tmp_path / "merged")(ids).logits
+    assert (merged - live).norm() / live.norm() < 1e-5 < (live - before(ids).logits).norm() / live.norm()
 
 
 @torch.no_grad()
