@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from minitune.cli import parse
 from minitune.errors import ConfigError, run_command
+from minitune.loading import check_adapters, choose_adapters
 
 FOUR_BITS = ("nf4", "fp4")
 PROBE = (  # what the merged model is compared with the live one on
@@ -25,7 +26,8 @@ class ExportConfig:
         model: a fetched name, a Hugging Face folder or a .gguf file.
         output: the folder to write, or the .gguf file.
         format: hf is a Hugging Face folder; gguf is one file for llama.cpp, tokenizer and chat template included.
-        adapter: an adapter's folder, as training writes it.
+        adapter: an adapter's folder, as training writes it, or several by name, as [poet=FOLDER,judge=FOLDER].
+        weights: of several adapters; their weighted sum is merged.
         merge: fold the adapter into the weights.
         dtype: of the weights written; as stored by default (float32 for a quantised GGUF). nf4 and fp4 store the linear
             layers in 4 bits, as bitsandbytes does; not with merge. q8_0 (8 bits and a scale for each 32) is GGUF's.
@@ -37,7 +39,8 @@ class ExportConfig:
     model: str
     output: str
     format: Literal["hf", "gguf"] = "hf"
-    adapter: str | None = None
+    adapter: tuple[str, ...] | str | None = None
+    weights: tuple[float, ...] | None = None
     merge: bool = False
     dtype: Literal["float32", "bfloat16", "float16", "nf4", "fp4", "q8_0"] | None = None
     quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
@@ -46,6 +49,8 @@ class ExportConfig:
 
     def __post_init__(self):
         """Refuse combinations without meaning."""
+        if isinstance(check_adapters(self.adapter, None, self.weights), dict) and self.weights is None:
+            raise ConfigError("several adapters are merged as their sum; give a weight each, as --weights [0.7,0.3]")
         if self.merge and self.adapter is None:
             raise ConfigError("merge needs an adapter; give --adapter FOLDER, or leave --merge out to convert")
         if self.adapter is not None and not self.merge:
@@ -75,13 +80,15 @@ def main(argv: list[str] | None = None) -> None:
     from minitune.checkpoint.load import has_tokenizer, load_model, load_tokenizer
 
     _check_output(config)
-    tokenizer = load_tokenizer(config.model, adapter=config.adapter) if has_tokenizer(config.model) else None
+    adapters = check_adapters(config.adapter, None, config.weights)
+    tokenizer = load_tokenizer(config.model, adapter=adapters) if has_tokenizer(config.model) else None
     if tokenizer is None:
         print(f"{config.model} has no tokenizer; none is written")
     report = None
     if config.merge:
         # A merge starts from what is stored, so that a weight is rounded to the dtype once, with its update.
-        model = load_model(config.model, adapter=config.adapter, quantize=config.quantize, keep_quantized=False)
+        model = load_model(config.model, adapter=adapters, quantize=config.quantize, keep_quantized=False)
+        choose_adapters(model, None, adapters, config.weights)
         report = merged(model, tokenizer, "float32" if config.dtype == "q8_0" else config.dtype)
     elif config.dtype in FOUR_BITS:
         model = load_model(config.model, quantize=config.dtype, keep_quantized=False)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitune.cli import parse
 from minitune.errors import ConfigError, DataError, MinituneError, check_counts, check_seed, counted, run_command
-from minitune.loading import ModelOptions
+from minitune.loading import ModelOptions, check_adapters
 from minitune.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class GenerateConfig(Sampling, ModelOptions):
             raise ConfigError(f"raw uses no chat template and {other} needs one; leave one of them out")
         if self.seed is not None and self.temperature == 0:
             raise ConfigError("seed has no effect at temperature 0 (greedy); set a temperature above 0")
-        self.check_adapters()
+        check_adapters(self.adapter, self.use, self.weights)
         check_seed(self.seed)
         check_counts(max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
         if self.prompt is not None and not self.prompt.strip():

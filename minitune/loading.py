@@ -29,28 +29,8 @@ class ModelOptions:
 
     @property
     def adapters(self) -> dict[str, str] | str | None:
-        """What `load_model` takes: a folder, or folders by name."""
-        if self.adapter is None or isinstance(self.adapter, str):
-            return self.adapter
-        named = dict(one.partition("=")[::2] for one in self.adapter)
-        if len(named) < len(self.adapter) or not all(named.values()):
-            raise ConfigError(
-                f"adapter is {list(self.adapter)}; several need a name each, as [poet=FOLDER,judge=FOLDER]"
-            )
-        return named
-
-    def check_adapters(self) -> None:
-        """Refuse options of several adapters where there are none, or that contradict each other."""
-        several = self.adapters if isinstance(self.adapters, dict) else {}
-        for name in ("use", "weights"):
-            if getattr(self, name) is not None and not several:
-                raise ConfigError(f"{name} is set without several adapters, to which it belongs; leave it out")
-        if self.use is not None and self.weights is not None:
-            raise ConfigError("use takes one adapter and weights their sum; leave one of them out")
-        if self.use is not None and self.use not in several:
-            raise ConfigError(f"use is {self.use!r}; there are {', '.join(several)}{nearest(self.use, several)}")
-        if self.weights is not None and len(self.weights) != len(several):
-            raise ConfigError(f"there are {len(self.weights)} weights for {counted(len(several), 'adapter')}")
+        """What `load_model` takes: a folder, or folders by name; ConfigError for options that contradict each other."""
+        return check_adapters(self.adapter, self.use, self.weights)
 
     def load(self) -> tuple[Any, Any]:
         """Return the model, in evaluation mode, and its tokenizer.
@@ -59,19 +39,41 @@ class ModelOptions:
             ConfigError: a device or backend that is not here. CheckpointError: as `load_model`, and where the
                 tokenizer has ids that the model lacks.
         """
-        self.check_adapters()
+        adapters = self.adapters
         from minitune.checkpoint.load import load_model, load_tokenizer
         from minitune.device import choose_device, choose_dtype
         from minitune.ops.backend import set_backend
 
         set_backend(self.backend)
-        tokenizer = load_tokenizer(self.model, adapter=self.adapters)
+        tokenizer = load_tokenizer(self.model, adapter=adapters)
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
-        model = load_model(self.model, dtype=dtype, device=device, adapter=self.adapters, quantize=self.quantize)
-        choose_adapters(model, self.use, self.adapters, self.weights)
+        model = load_model(self.model, dtype=dtype, device=device, adapter=adapters, quantize=self.quantize)
+        choose_adapters(model, self.use, adapters, self.weights)
         tokenizer.check_fits(model.config.vocab_size)
         return model, tokenizer
+
+
+def check_adapters(
+    adapter: tuple[str, ...] | str | None, use: str | None, weights: tuple[float, ...] | None
+) -> dict[str, str] | str | None:
+    """Return the option `adapter` as `load_model` takes it: a folder, or folders by name.
+
+    Raises ConfigError for several without names, and for `use` or `weights` that do not go with them.
+    """
+    several = {} if adapter is None or isinstance(adapter, str) else dict(one.partition("=")[::2] for one in adapter)
+    if several and (len(several) < len(adapter) or not all(several.values())):
+        raise ConfigError(f"adapter is {list(adapter)}; several need a name each, as [poet=FOLDER,judge=FOLDER]")
+    for name, value in (("use", use), ("weights", weights)):
+        if value is not None and not several:
+            raise ConfigError(f"{name} is set without several adapters, to which it belongs; leave it out")
+    if use is not None and weights is not None:
+        raise ConfigError("use takes one adapter and weights their sum; leave one of them out")
+    if use is not None and use not in several:
+        raise ConfigError(f"use is {use!r}; there are {', '.join(several)}{nearest(use, several)}")
+    if weights is not None and len(weights) != len(several):
+        raise ConfigError(f"there are {len(weights)} weights for {counted(len(several), 'adapter')}")
+    return several or adapter
 
 
 def choose_adapters(model: Any, use: str | None, adapters: Any, weights: tuple[float, ...] | None) -> None:

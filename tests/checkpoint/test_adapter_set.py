@@ -184,3 +184,35 @@ def test_the_command_switches_by_prompt_and_sums(base, folders, tmp_path, capsys
     ):
         with pytest.raises(ConfigError, match=words):
             main([*common, "--prompt", "a", *options])
+
+
+@torch.no_grad()
+def test_export_merges_a_weighted_sum(base, folders, tmp_path, capsys):
+    from minitune.export import main
+
+    both = f"[plain={folders['plain']},pissa={folders['pissa']}]"
+    common = ["--model", str(base), "--output", str(tmp_path / "merged"), "--adapter", both, "--merge"]
+    with pytest.raises(ConfigError, match="several adapters are merged as their sum; give a weight each"):
+        main(common)
+    main([*common, "--weights", "[0.5,-1.0]"])
+    model = load_model(base, adapter={name: folders[name] for name in ("plain", "pissa")})
+    combine(model, "sum", {"plain": 0.5, "pissa": -1.0})
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert relative(merged(IDS).logits, model(IDS)) < 1e-5
+    assert "of the update survived" in capsys.readouterr().out
+
+
+def test_a_conversation_can_change_its_adapter(base, folders, monkeypatch, capsys):
+    import builtins
+
+    from minitune.generate import main
+
+    said = iter(["/use wide", "a", "/use nobody", "/use base", "/exit"])
+    monkeypatch.setattr(builtins, "input", lambda prompt="": next(said))
+    both = f"[plain={folders['plain']},wide={folders['wide']}]"
+    main(["--model", str(base), "--adapter", both, "--chat", "--max_new_tokens", "6", "--dtype", "float32"])
+    captured = capsys.readouterr()
+    model = load_model(base, adapter={"plain": folders["plain"], "wide": folders["wide"]})
+    answer = generate(model, load_tokenizer(base), "a", adapter="wide", max_new_tokens=6)
+    assert answer in captured.out and "(base answers now)" in captured.out
+    assert "no adapter is called 'nobody'" in captured.err
