@@ -101,12 +101,6 @@ BUGS = {
         "m.visibility = lambda positions, offset, window: right(positions, offset, window and window + 1)",
         "== 5.",
     ),
-    "the norms' offset is forgotten": (
-        FAMILIES,
-        "import minitune.model.transformer as m; right = m.RMSNorm.forward\n"
-        "m.RMSNorm.forward = lambda self, x: m.rms_norm(x, self.weight, self.eps)",
-        "== 6.",
-    ),
     "the rows of q and k stay where they are": (
         FILES,
         "import minitune.checkpoint.gguf as m; m.Layout.places = lambda self, rows: None",
