@@ -64,6 +64,10 @@ def read_gguf(path: Path) -> tuple[Tokenizer, dict, list[int]]:
         twice = next(token for id, token in enumerate(tokens) if vocabulary[token] != id)
         raise CheckpointError(f"{path}: the token {twice!r} stands twice in tokenizer.ggml.tokens; fetch it again")
     ids = {name: _id(fields, name, len(tokens), path) for name in (*SPECIAL, "eot", "eom")}
+    for name, wanted in {"chat_template": str, "ggml.add_bos_token": bool, "ggml.add_space_prefix": bool}.items():
+        if not isinstance(fields.get(name, wanted()), wanted):
+            found = str(fields[name])[:60]
+            raise CheckpointError(f"{path}: tokenizer.{name} is {found!r}, no {wanted.__name__}; fetch it again")
     adds_bos = kind == "llama"
     if kind == "gpt2":
         split = split_named(fields.get("ggml.pre"), architecture, path)
