@@ -53,6 +53,8 @@ class Family:
     about: str
     """The models that it is for."""
     architecture: str
+    reward_architecture: str | None
+    """Transformers' class with a score in the place of the head; None where it has none."""
     used: dict[str, str] = field(default_factory=dict)
     """Field -> value, beside the common ones."""
     unused: tuple[str, ...] = ()
@@ -91,11 +93,6 @@ class Family:
     """Our part of a parameter's name -> that in the family's checkpoints, where they differ (`names.py`)."""
     transposed: tuple[str, ...] = ()
     """Our names of layers whose weights are stored as (in, out)."""
-
-    @property
-    def reward_architecture(self) -> str:
-        """Transformers' name of the model with a score in the place of the head."""
-        return self.architecture.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
 
     @property
     def all_fixed(self) -> dict[str, tuple]:
@@ -154,6 +151,7 @@ FAMILIES = {
     "llama": Family(
         about="Llama 2, 3, 3.1, 3.2, 3.3, SmolLM2 and others of that form",
         architecture="LlamaForCausalLM",
+        reward_architecture="LlamaForSequenceClassification",
         used=_BIASES,
         fixed={"pretraining_tp": (1,), "rope_interleaved": (False,), "is_llama_config": (True, None),
                "use_sliding_window": (False,), "sliding_window": (None,)},
@@ -161,27 +159,40 @@ FAMILIES = {
     "mistral": Family(
         about="Mistral 7B, Nemo",
         architecture="MistralForCausalLM",
+        reward_architecture="MistralForSequenceClassification",
         required=_MANY_HEADS,
         defaults={"max_position_embeddings": 131072, "sliding_window": 4096},
         window=("sliding_window",),
     ),
     "qwen2": Family(
-        about="Qwen2, Qwen2.5", architecture="Qwen2ForCausalLM", required=_MANY_HEADS,
+        about="Qwen2, Qwen2.5",
+        architecture="Qwen2ForCausalLM",
+        reward_architecture="Qwen2ForSequenceClassification",
+        required=_MANY_HEADS,
         constants={"attention_bias": True, "output_bias": False}, **_QWEN,
     ),
     "qwen3": Family(
-        about="Qwen3 (dense)", architecture="Qwen3ForCausalLM", required=(*_MANY_HEADS, "head_dim"),
+        about="Qwen3 (dense)",
+        architecture="Qwen3ForCausalLM",
+        reward_architecture="Qwen3ForSequenceClassification",
+        required=(*_MANY_HEADS, "head_dim"),
         used=_BIAS, constants={"qk_norm": "head"}, **_QWEN,
     ),
     "gemma": Family(
-        about="Gemma 1", architecture="GemmaForCausalLM", required=(*_MANY_HEADS, "head_dim"),
+        about="Gemma 1",
+        architecture="GemmaForCausalLM",
+        reward_architecture="GemmaForSequenceClassification",
+        required=(*_MANY_HEADS, "head_dim"),
         used=_BIAS, constants=_GEMMA, defaults=_GEMMA_DEFAULTS,
         fixed={**_GEMMA_FIXED, "hidden_activation": (None, *_GELU)},
         activations={**_TANH, "gelu": "gelu_tanh"},  # the first files say gelu and mean its tanh form
         derive=lambda fields: {"embedding_scale": fields["hidden_size"] ** 0.5},
     ),
     "gemma2": Family(
-        about="Gemma 2", architecture="Gemma2ForCausalLM", required=(*_MANY_HEADS, "head_dim"),
+        about="Gemma 2",
+        architecture="Gemma2ForCausalLM",
+        reward_architecture="Gemma2ForSequenceClassification",
+        required=(*_MANY_HEADS, "head_dim"),
         used={**_BIAS, **_CAPS}, constants={**_GEMMA, "norm_placement": "around"},
         defaults={**_GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         fixed={**_GEMMA_FIXED, "hidden_act": _GELU},
@@ -191,7 +202,10 @@ FAMILIES = {
         derive=_gemma_scales, restore=_query_scalar, derived=("query_pre_attn_scalar",),
     ),
     "gemma3_text": Family(
-        about="Gemma 3 (text)", architecture="Gemma3ForCausalLM", required=(*_MANY_HEADS, "head_dim"),
+        about="Gemma 3 (text)",
+        architecture="Gemma3ForCausalLM",
+        reward_architecture="Gemma3TextForSequenceClassification",
+        required=(*_MANY_HEADS, "head_dim"),
         used={**_BIAS, "final_logit_softcapping": "logits_softcap"},
         constants={**_GEMMA, "norm_placement": "around", "qk_norm": "head"},
         defaults={**_GEMMA_DEFAULTS, "max_position_embeddings": 131072},
@@ -206,6 +220,7 @@ FAMILIES = {
     "phi3": Family(
         about="Phi-3, Phi-3.5, Phi-4-mini",
         architecture="Phi3ForCausalLM",
+        reward_architecture="Phi3ForSequenceClassification",
         constants={"fused": "stacked"},
         defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
         fixed={"resid_pdrop": (0, 0.0), "embd_pdrop": (0, 0.0), "attention_bias": (False,), "mlp_bias": (False,),
@@ -216,12 +231,16 @@ FAMILIES = {
         window=("sliding_window",),
     ),
     "olmo2": Family(
-        about="OLMo-2", architecture="Olmo2ForCausalLM", used=_BIAS,
+        about="OLMo-2",
+        architecture="Olmo2ForCausalLM",
+        reward_architecture="Olmo2ForSequenceClassification",
+        used=_BIAS,
         constants={"norm_placement": "after", "qk_norm": "all"}, defaults={"rms_norm_eps": 1e-5},
     ),
     "granite": Family(
         about="Granite 3 (dense)",
         architecture="GraniteForCausalLM",
+        reward_architecture=None,
         used={**_BIASES, "embedding_multiplier": "embedding_scale", "attention_multiplier": "attention_scale",
               "residual_multiplier": "residual_scale", "logits_scaling": "logits_scale"},
         defaults={"attention_multiplier": 1.0},
@@ -229,6 +248,7 @@ FAMILIES = {
     "smollm3": Family(
         about="SmolLM3",
         architecture="SmolLM3ForCausalLM",
+        reward_architecture="SmolLM3ForSequenceClassification",
         required=_MANY_HEADS,
         used=_BIASES,
         defaults={"tie_word_embeddings": True, "max_position_embeddings": 32768, "sliding_window": None},
@@ -243,6 +263,7 @@ FAMILIES = {
     "gpt2": Family(
         about="GPT-2",
         architecture="GPT2LMHeadModel",
+        reward_architecture="GPT2ForSequenceClassification",
         used={"n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_layers", "n_head": "num_heads",
               "n_positions": "max_positions", "layer_norm_epsilon": "norm_eps"},
         unused=(*_NO_KV, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -269,6 +290,7 @@ FAMILIES = {
     "gpt_neox": Family(
         about="GPT-NeoX, Pythia",
         architecture="GPTNeoXForCausalLM",
+        reward_architecture="GPTNeoXForSequenceClassification",
         used={**_BIAS, "layer_norm_eps": "norm_eps", "use_parallel_residual": "parallel_residual"},
         unused=_NO_KV,
         constants={**_CLASSIC, "fused": "by_head"},

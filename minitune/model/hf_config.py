@@ -72,7 +72,7 @@ def _values(fields: dict[str, Any], family: Family) -> dict[str, Any]:
 def _is_reward(fields: dict[str, Any], family: Family) -> bool:
     """Tell whether the file is of a reward model; ConfigError for one of another kind."""
     architectures = fields.get("architectures") or [family.architecture]
-    reward = architectures == [family.reward_architecture]
+    reward = family.reward_architecture is not None and architectures == [family.reward_architecture]
     if architectures != [family.architecture] and not reward:
         raise ConfigError(f"architectures {architectures} is not [{family.architecture!r}]")
     if reward and len(fields.get("id2label") or "??") != 1:  # without the field, transformers' default is 2 labels

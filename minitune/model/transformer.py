@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from minitune.errors import ConfigError, DataError
 from minitune.model.cache import KVCache
 from minitune.model.config import ModelConfig
+from minitune.model.families import FAMILIES
 from minitune.model.linear import Linear, QuantizedWeight, ScoreHead, linear_group, project
 from minitune.model.rope import Rope
 from minitune.ops.attention import Visibility, attention, visibility
@@ -386,7 +387,12 @@ def _restack(*layers: Linear) -> None:
 
 
 def add_score_head(model: Transformer, seed: int = 0) -> None:
-    """Make a reward model of a language model, in place: its head goes, a scalar one drawn from `seed` comes."""
+    """Make a reward model of a language model, in place: its head goes, a scalar one drawn from `seed` comes.
+
+    ConfigError for a family that transformers has no such class for: nobody else could read it.
+    """
+    if FAMILIES[model.config.family].reward_architecture is None:
+        raise ConfigError(f"no reward model can be made of {model.config.family}: transformers has no class to read it")
     model.config = dataclasses.replace(model.config, reward=True)
     model.lm_head, model.score = None, ScoreHead(model.config.hidden_size, model.device)
     drawn = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(seed))

@@ -1,10 +1,13 @@
 """Every field of config.json is used, known to be inert, fixed, or refused by name."""
 
 import pytest
-from transformers import LlamaConfig
+import transformers
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 from minitune.errors import ConfigError
 from minitune.model.config import ModelConfig
+from minitune.model.families import FAMILIES
+from minitune.model.transformer import Transformer, add_score_head
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
@@ -60,3 +63,21 @@ def test_round_trip_through_transformers():
 def test_what_is_not_implemented_is_refused_with_its_place(change, words):
     with pytest.raises(ConfigError, match=f"^some/folder: .*{words}"):
         ModelConfig.from_hf(SMOLLM2 | change, where="some/folder")
+
+
+def test_a_family_that_transformers_cannot_score_with_makes_no_reward_model():
+    size = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 2,
+            "num_kv_heads": 2, "head_dim": 4}  # fmt: skip
+    with pytest.raises(ConfigError, match="granite"):
+        add_score_head(Transformer(ModelConfig(**size, family="granite")))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_of_classes_are_those_of_transformers(name):
+    family = FAMILIES[name]
+    assert transformers.AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[name]].__name__ == family.architecture
+    try:
+        scorer = transformers.AutoModelForSequenceClassification._model_mapping[CONFIG_MAPPING[name]].__name__
+    except KeyError:
+        scorer = None
+    assert scorer == family.reward_architecture
