@@ -27,7 +27,12 @@ class ConfigError(MinituneError):
 
 
 class CheckpointError(MinituneError):
-    """A checkpoint, adapter or tokenizer on disk is missing, damaged or of another kind."""
+    """A checkpoint, adapter or tokenizer on disk is missing, damaged or of another kind.
+
+    `problems` has a line for each thing that is wrong, where there are several; its text may name the first few.
+    """
+
+    problems: tuple[str, ...] = ()
 
 
 class FetchError(MinituneError):

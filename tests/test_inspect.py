@@ -204,11 +204,17 @@ def test_an_adapter_is_described(folder, tmp_path, request):
 
 def test_an_adapter_of_another_base_and_one_without_base(tiny_folder, folder, tmp_path):
     model = load_model(folder)
-    add_lora(model, LoRAConfig(rank=4, target_modules=("q_proj",)))
-    other = tiny_folder(tmp_path / "other", hidden_size=64, intermediate_size=64)
+    add_lora(model, LoRAConfig(rank=4, target_modules=("q_proj", "v_proj", "up_proj")))
+    other = tiny_folder(tmp_path / "other", hidden_size=64, intermediate_size=96)
     save_adapter(model, tmp_path / "a", str(other))
-    problems = " ".join(describe(tmp_path / "a")["problems"])
-    assert "layers.1.self_attn.q_proj.lora_A.weight is [4, 32] instead of [4, 64]" in problems
+    rows = {"self_attn.q_proj": (32, 64), "self_attn.v_proj": (16, 32), "mlp.up_proj": (48, 96)}
+    expected = []  # more than an error of one line names
+    for layer in (0, 1):
+        for path, (found, wanted) in rows.items():
+            name = f"base_model.model.model.layers.{layer}.{path}"
+            expected.append(f"{name}.lora_A.weight is [4, 32] instead of [4, 64]")
+            expected.append(f"{name}.lora_B.weight is [{found}, 4] instead of [{wanted}, 4]")
+    assert sorted(describe(tmp_path / "a")["problems"]) == sorted(expected)
     save_adapter(model, tmp_path / "b", "someone/elsewhere")
     facts = describe(tmp_path / "b")
     assert facts["problems"] == [] and len(facts["notes"]) == 1

@@ -34,7 +34,9 @@ def misfits(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Any]) -
 
 
 def fail_listing(what: str, problems: list[str]) -> None:
-    """Raise CheckpointError naming every problem, the first few in full; return where there is none."""
+    """Raise CheckpointError naming the first few problems, and with all as its `problems`; return if there is none."""
     if problems:
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise CheckpointError(f"{what}: {'; '.join(problems[:_LISTED])}{more}")
+        error = CheckpointError(f"{what}: {'; '.join(problems[:_LISTED])}{more}")
+        error.problems = tuple(problems)
+        raise error
