@@ -22,10 +22,11 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 
 @contextmanager
-def library_errors(where: object) -> Iterator[None]:
-    """Raise CheckpointError, beginning with `where`, for whatever `tokenizers` or `sentencepiece` raise; ours passes.
+def library_errors(where: object, problem: str = "is damaged") -> Iterator[None]:
+    """Raise CheckpointError, beginning with `where` and its `problem`, for what `tokenizers` or `sentencepiece` raise.
 
-    The former raises plain Exception for anything wrong with a file, and a panic of its Rust code is not even that.
+    Errors of ours pass. `tokenizers` raises plain Exception for anything wrong with a file, and a panic of its Rust
+    code is not even that.
     """
     try:
         yield
@@ -34,7 +35,7 @@ def library_errors(where: object) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"{where} is damaged ({' '.join(str(error).split())}); fetch it again") from error
+        raise CheckpointError(f"{where} {problem} ({' '.join(str(error).split())}); fetch it again") from error
 
 
 class Encoder:
@@ -74,8 +75,12 @@ class Encoder:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Highest id + 1."""
-        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        """Highest id + 1; CheckpointError where it is absurd beside the number of tokens (some ids may be unused)."""
+        ids = self._tokenizer.get_vocab().values()
+        size = max(ids, default=-1) + 1
+        if size > 2 * len(ids) + 1000:
+            raise CheckpointError(f"{self.origin}: {len(ids):,} tokens, but ids up to {size - 1:,}; fetch it again")
+        return size
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -123,7 +128,7 @@ class Encoder:
         return self._run(text, place).offsets
 
     def _run(self, text: str, place: Place) -> Encoding:
-        with library_errors(self.origin):  # a vocabulary without the unknown token that it names, and the like
+        with library_errors(self.origin, "has a tokenizer that fails on a text"):  # it names no unknown token, perhaps
             return self._at[place].encode(text, add_special_tokens=False)
 
     def piece(self, id: int) -> bytes:

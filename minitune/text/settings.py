@@ -30,7 +30,7 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], list[int]]:
             found = str(settings[name])
             raise CheckpointError(f"{folder}: the tokenizer's {name} cannot be {found[:60]!r}; fetch its files again")
     for content, id in added.items():
-        if not _is_id(id) or not _is_text(content):
+        if not _is_id(id):
             raise CheckpointError(f"{folder}/added_tokens.json: {content!r} has the id {str(id)[:60]}; fetch it again")
         settings["added_tokens_decoder"].setdefault(str(id), {"content": content, "special": True})
     ends = []
@@ -73,12 +73,7 @@ def _judged(settings: dict[str, Any]) -> dict[str, bool]:
 
 
 def _is_token(value: Any) -> bool:
-    return _is_text(value.get("content") if isinstance(value, dict) else value)
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is text, without halves of surrogate pairs, which no tokenizer can take."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value.get("content") if isinstance(value, dict) else value, str)
 
 
 def _is_id(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from unicodedata import normalize
 
 import gguf
@@ -488,6 +489,90 @@ def test_other_refusals(fast_folder, tmp_path, smollm2_path):
     (tmp_path / "garbage.gguf").write_bytes(b"garbage" * 100)
     with pytest.raises(CheckpointError, match="not a GGUF file"):
         load_tokenizer(tmp_path / "garbage.gguf")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(fast_folder, piece_folder, smollm2):
+    for ours in (load_tokenizer(fast_folder("chatml")), load_tokenizer(piece_folder()), smollm2):
+        ours.check_fits(ours.vocab_size)
+        ours.check_fits(ours.vocab_size + 64)  # embeddings are often padded
+        with pytest.raises(
+            CheckpointError, match=f"ids go up to {ours.vocab_size - 1} .* has {ours.vocab_size - 1} ro"
+        ):
+            ours.check_fits(ours.vocab_size - 1)
+
+
+def changed(fast_folder, tmp_path, change, text="Hello ab"):
+    """Return the error of a tokenizer.json with a change, in loading or in use."""
+    folder = fast_folder("chatml")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    change(document)
+    (tmp_path / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError) as caught:
+        load_tokenizer(tmp_path).encode(text)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_absurd_ids_are_refused(fast_folder, tmp_path):
+    """Lists as long as the highest id are made of it."""
+    found = changed(fast_folder, tmp_path, lambda document: document["model"]["vocab"].update({"zz": 2**32 - 1}))
+    assert "ids up to 4,294,967,295" in found
+
+
+def test_a_panic_of_the_library_is_one_line(fast_folder, tmp_path):
+    def forget_bos(document):
+        single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
+        steps = {"single": single, "pair": single, "special_tokens": {}}
+        document["post_processor"] = {"type": "TemplateProcessing", **steps}
+
+    assert "is damaged" in changed(fast_folder, tmp_path, forget_bos)
+
+
+@pytest.mark.parametrize("rule", ["(a+)+$", "(a|aa)+$"])
+def test_a_split_that_runs_away_is_stopped(fast_folder, tmp_path, rule):
+    def split(document):
+        step = {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False}
+        document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [step, document["pre_tokenizer"]]}
+
+    start = time.monotonic()
+    assert "fails on a text (Onig" in changed(fast_folder, tmp_path, split, "a" * 60 + "b")
+    assert time.monotonic() - start < 20
+
+
+SETTINGS = [
+    ({"bos_token": True}, "the tokenizer's bos_token cannot be 'True'"),
+    ({"eos_token": {"text": "x"}}, "the tokenizer's eos_token cannot be"),
+    ({"eos_token": "half \ud83d"}, "tokenizer_config.json: not valid JSON .*surrogate"),
+    ({"extra_special_tokens": [1]}, "the tokenizer's extra_special_tokens cannot be '\\[1\\]'"),
+    ({"added_tokens_decoder": {"x": {"content": "y"}}}, "the tokenizer's added_tokens_decoder cannot be"),
+    ({"chat_template": 5}, "the tokenizer's chat_template cannot be '5'"),
+]
+
+
+@pytest.mark.parametrize("wrong,message", SETTINGS)
+def test_settings_of_the_wrong_kind_are_named(fast_folder, tmp_path, wrong, message):
+    (tmp_path / "tokenizer.json").write_bytes((fast_folder("chatml") / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"} | wrong))
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_ends_and_templates_of_the_wrong_kind_are_named(fast_folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((fast_folder("chatml") / name).read_bytes())
+    for wrong in ("2", [1, None], -1, True, 10**30):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(CheckpointError, match="config.json: eos_token_id is .*no token id"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "added_tokens.json").write_text('{"x": "1"}')
+    with pytest.raises(CheckpointError, match="added_tokens.json: 'x' has the id 1"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").unlink()
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="chat_template.jinja is no UTF-8 text"):
+        load_tokenizer(tmp_path)
 
 
 def test_refusals_of_encode(fast_folder):
