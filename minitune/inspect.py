@@ -98,7 +98,10 @@ def _model(path: Path, findings: Findings) -> dict[str, Any]:
     from minitune.checkpoint.load import open_model
     from minitune.model.names import own_name
 
-    settings, tensors = findings.attempt(open_model, path) or ({}, {})
+    if (path / "config.json").is_file():
+        settings, tensors = _open_folder(path, findings)
+    else:
+        settings, tensors = findings.attempt(open_model, path) or ({}, {})
     quantization = settings.pop("quantization_config", None)
     config = findings.attempt(_config, settings, path) if settings else None
     named = {own_name(config, name): tensor for name, tensor in tensors.items()} if config else tensors
@@ -106,6 +109,18 @@ def _model(path: Path, findings: Findings) -> dict[str, Any]:
     if config and tensors:
         findings.attempt(_check_weights, config, tensors, path, findings)
     return facts | _tokenizer(path, findings, config.vocab_size if config else None)
+
+
+def _open_folder(path: Path, findings: Findings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `open_model` does; where config or weights are at fault, still the other."""
+    from minitune.checkpoint.huggingface import read_config, read_weights
+    from minitune.checkpoint.prequantized import check_settings, group
+
+    settings, tensors = findings.attempt(read_config, path) or {}, findings.attempt(read_weights, path) or {}
+    if settings.get("quantization_config"):
+        findings.attempt(check_settings, settings["quantization_config"], path)
+        tensors = findings.attempt(group, tensors) or tensors
+    return settings, tensors
 
 
 def _config(settings: dict[str, Any], path: Path) -> Any:
@@ -253,6 +268,7 @@ def _template(tokenizer: Any, findings: Findings) -> dict[str, Any] | None:
 def _adapter(path: Path, findings: Findings) -> dict[str, Any]:
     """Describe the PEFT adapter in the folder `path`."""
     from minitune.checkpoint.adapter import CONFIG, WEIGHTS, adapter_quantization
+    from minitune.checkpoint.adapter_config import read_config
     from minitune.files import read_json
     from minitune.safetensors_io import read_header
 
@@ -266,7 +282,7 @@ def _adapter(path: Path, findings: Findings) -> dict[str, Any]:
         "parts": _by_part(tensors),
         "base in training": "unsaid, or not quantised" if quantization is None else str(quantization),
     }
-    if tensors:
+    if settings and findings.attempt(read_config, path / CONFIG) and tensors:
         findings.attempt(_check_adapter, path, settings.get("base_model_name_or_path"), findings)
     return facts
 

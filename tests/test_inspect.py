@@ -133,10 +133,14 @@ def test_what_loads_is_only_noted(folder):
 
 
 def test_every_kind_of_problem_is_found_at_once(folder):
-    rewrite(folder, rope_scalling={})
+    rewrite(folder, model_type="mamba")
     (folder / "model.safetensors").write_bytes(b"")
-    problems = " ".join(describe(folder)["problems"])
-    assert "model.safetensors is not a whole safetensors file" in problems
+    (folder / "tokenizer.json").write_text("{")
+    (folder / "chat_template.jinja").write_text("x")
+    problems = describe(folder)["problems"]
+    assert len(problems) == 3
+    for part in ("'mamba' is not supported", "is not a whole safetensors file", "tokenizer.json"):
+        assert any(part in problem for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +223,9 @@ def test_an_adapter_of_another_base_and_one_without_base(tiny_folder, folder, tm
     facts = describe(tmp_path / "b")
     assert facts["problems"] == [] and len(facts["notes"]) == 1
     assert "not known: someone/elsewhere: no such file or folder" in facts["notes"][0]
+    config = tmp_path / "b" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": "IA3"}))
+    assert any("peft_type" in problem for problem in describe(tmp_path / "b")["problems"])
 
 
 def test_a_run_is_described_with_what_it_left(folder, tmp_path, capsys):
