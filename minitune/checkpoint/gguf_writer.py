@@ -178,7 +178,8 @@ def _check_written(path: Path, config: ModelConfig, tokenizer: Any | None) -> li
              for each in (tokenizer, again)]  # fmt: skip
     if facts[0] != facts[1]:
         raise CheckpointError(f"{tokenizer.origin}: read from GGUF this tokenizer is another one; export a folder")
-    apart = f"a{next(iter(tokenizer.control_ids), '')}b"
+    apart = f" a{next(iter(tokenizer.control_ids), '')}b"
     if tokenizer.encode(apart, control=True) != again.encode(apart, control=True):
-        return ["readers of GGUF put a space after each control token, which this tokenizer does before a text only"]
+        return ["readers of GGUF put a space before a text that begins with one, and after each control token; this "
+                "tokenizer does not"]  # fmt: skip
     return []

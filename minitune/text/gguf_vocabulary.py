@@ -49,10 +49,10 @@ def gguf_vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         token = names.get(id)
         if token is None:
             return UNUSED
-        if pieces and token == model.get("unk_token"):
-            return UNKNOWN
         if id in added:
             return CONTROL if id in control or added[id]["special"] else USER_DEFINED
+        if pieces and token == model.get("unk_token"):
+            return UNKNOWN
         return BYTE if pieces and model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x") else NORMAL
 
     values: dict[str, Any] = {
@@ -62,7 +62,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         "ggml.token_type": [kind(id) for id in range(rows)],
     }
     if pieces:
-        values["ggml.scores"] = _scores(values["ggml.tokens"], merges)
+        values["ggml.scores"] = _scores(values["ggml.tokens"], values["ggml.token_type"], merges, tokenizer.origin)
         values["ggml.add_space_prefix"] = _adds_space(state)
     elif merges:
         values["ggml.merges"] = merges
@@ -106,11 +106,19 @@ def _split_name(state: dict[str, Any], words: list[str], origin: str) -> str:
     raise CheckpointError(f"{origin}: GGUF has no name for how this tokenizer cuts text into words")
 
 
-def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Return a score for each piece: the sooner its first merge, the higher; 0 before, the lowest without a merge."""
+def _scores(tokens: list[str], types: list[int], merges: list[str], origin: str) -> list[float]:
+    """Return a score for each piece: minus the place of its first merge, the lowest of all without one.
+
+    CheckpointError for a piece that no merge makes although two others would: a score would let them.
+    """
     places: dict[str, int] = {}
     for place, merge in enumerate(merges):
         places.setdefault(merge.replace(" ", ""), place)
+    known = set(tokens)
+    for token, kind in zip(tokens, types, strict=True):
+        cuts = range(1, len(token)) if kind == NORMAL and token not in places else ()
+        if any(token[:cut] in known and token[cut:] in known for cut in cuts):
+            raise CheckpointError(f"{origin}: no merge makes the piece {token!r}, but in GGUF its parts would merge")
     return [-float(places.get(token, len(merges))) for token in tokens]
 
 

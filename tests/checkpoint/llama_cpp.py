@@ -17,8 +17,9 @@ import pytest
 from minitune.files import atomic_folder
 from minitune.sources import read_manifest, weights_folder
 
+# Off: what is not needed, and instructions beyond AVX2, which some virtual machines promise but do not have.
 _OPTIONS = ("LLAVA_BUILD", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_SERVER",
-            "GGML_OPENMP")  # fmt: skip
+            "GGML_OPENMP", "GGML_NATIVE")  # fmt: skip
 _WANTED = ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py")
 _CONVERT = """
 import json, pathlib, sys
