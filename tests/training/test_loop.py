@@ -211,8 +211,8 @@ def test_a_nan_weight_stops_the_run_by_name(make_config, monkeypatch):
 
     original = run.choose_parameters
 
-    def poisoned(model, config):
-        parameters = original(model, config)
+    def poisoned(model, *options):
+        parameters = original(model, *options)
         model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
         return parameters
 
