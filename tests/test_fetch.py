@@ -384,6 +384,11 @@ def test_hub_errors_are_one_line(weights, hub):
     assert listed(weights) == ["manifest.toml"]
 
 
+def test_the_readme_states_the_families():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` | {family.about} |" in text for name, family in FAMILIES.items())
+
+
 def test_door_lists_helps_and_explains(weights):
     done = command("--list")
     assert done.returncode == 0 and "from-sdist" in done.stdout and "one: one.json" in done.stdout
