@@ -28,7 +28,7 @@ from minitune.files import atomic_file, write_json
 from minitune.model.adapter_set import add_named
 from minitune.model.adapters import LoRA
 from minitune.model.config import LoRAConfig, ModelConfig, QuantizationConfig
-from minitune.model.lora import install, linear_modules, lora_modules, make_adapters, quantized_weights
+from minitune.model.lora import install, linear_modules, make_adapters, quantized_weights
 from minitune.model.names import checkpoint_name, is_transposed
 from minitune.model.transformer import Transformer, add_score_head
 from minitune.model.vocabulary import grow_vocabulary, untie_head
@@ -287,7 +287,7 @@ def save_adapter(
     the adapter is written as plain LoRA of twice the rank, which is right on the base as it was.
 
     Args:
-        model: has adapters that one PEFT config can describe.
+        model: has adapters that one PEFT config can describe; of several, those that are chosen.
         folder: where to; made if missing.
         base_name: the base model's name or path, for the record.
         tokenizer: written beside it where given, as it should be when tokens were added.
@@ -295,7 +295,8 @@ def save_adapter(
     Raises:
         CheckpointError: the model has no adapter, or adapters or trained biases that one config cannot describe.
     """
-    adapters, config = lora_modules(model), model.config
+    chosen, config = {path: layer.chosen for path, layer in linear_modules(model).items()}, model.config
+    adapters = {path: lora for path, lora in chosen.items() if lora is not None}
     if not adapters:
         raise CheckpointError("there is no adapter to save")
     tensors, settings = {}, {}

@@ -46,6 +46,8 @@ class MergeReport:
 def merge(model: Transformer, dtype: torch.dtype | None = None) -> MergeReport:
     """Fold every adapter into its weight, in place, remove the adapters and report the rounding.
 
+    Of several adapters the chosen one is folded, and all are removed.
+
     Args:
         model: has adapters; its weights may be quantised.
         dtype: what all weights are in after it, the model's own by default. Each is rounded once, from what is stored.
@@ -59,6 +61,8 @@ def merge(model: Transformer, dtype: torch.dtype | None = None) -> MergeReport:
         raise CheckpointError("there is no adapter to merge; load one with adapter=...")
     dtype = dtype or model.dtype
     sums = {path: _merge_layer(path, layer, dtype) for path, layer in adapted.items()}
+    for layer in linear_modules(model).values():
+        layer.lora = None
     for path, weight in quantized_weights(model).items():  # those without adapter
         linear_modules(model)[path].replace_weight(weight.dequantize(dtype))
     model.to(dtype)  # lays the new weights side by side
@@ -94,5 +98,4 @@ def _merge_layer(path: str, layer: Linear, dtype: torch.dtype) -> tuple[float, f
         layer.replace_weight(after)
     else:
         weight.data.copy_(after)
-    layer.lora = None
     return (change - update).square().sum().item(), (change * update).sum().item(), update.square().sum().item()

@@ -104,8 +104,9 @@ def make_adapters(model: nn.Module, configs: dict[str, LoRAConfig], *, seed: int
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoRA]:
-    """Return the adapters of a model by the path of their layer; of several those that are chosen."""
-    return {path: layer.chosen for path, layer in linear_modules(model).items() if layer.chosen is not None}
+    """Return an adapter of each layer that has any, by its path: of several the chosen one, else the first."""
+    slots = {path: layer for path, layer in linear_modules(model).items() if layer.lora is not None}
+    return {path: layer.chosen or next(iter(layer.lora.named.values())) for path, layer in slots.items()}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minitune.checkpoint.adapter import save_adapter
+from minitune.checkpoint.huggingface import save_model
 from minitune.checkpoint.load import load_model, load_tokenizer
 from minitune.checkpoint.merge import merge
 from minitune.decoding import generate, generate_ids, generate_texts
@@ -133,6 +134,20 @@ def test_a_concatenation_is_the_sum_of_the_updates(base, folders):
     combine(model, "sum", weights)
     wanted = layer.weight.double() + sum(weights[name] * updates[name] for name in weights)
     assert relative(layer.chosen.merged(layer.weight), wanted) < 1e-6
+
+
+@torch.no_grad()
+def test_only_the_chosen_one_is_merged_and_none_is_left(base, folders, alone, tmp_path):
+    model = load_model(base, adapter=folders)
+    choose(model, None)
+    for call in (lambda: save_model(model, None, tmp_path / "x"), lambda: merge(model)):
+        with pytest.raises(CheckpointError, match="merge it first|no adapter to merge"):
+            call()
+    choose(model, "other")  # which has no part in most layers
+    merge(model)
+    assert relative(model(IDS), alone["other"]) < 1e-5
+    save_model(model, None, tmp_path / "merged")
+    assert relative(load_model(tmp_path / "merged")(IDS), alone["other"]) < 1e-5
 
 
 def test_what_cannot_be_put_together_is_refused(base, folders, tmp_path):

@@ -13,7 +13,7 @@ from minitune.checkpoint.load import load_model, load_tokenizer
 from minitune.checkpoint.merge import merge
 from minitune.errors import CheckpointError, ConfigError
 from minitune.generate import main as generate
-from minitune.model.lora import add_lora
+from minitune.model.lora import adapter_disabled, add_lora, quantized_weights
 from minitune.model.lora_config import LoRAConfig
 from minitune.model.vocabulary import add_rows
 from minitune.training.config import LoRAOptions, PreferenceOptions, TrainConfig
@@ -99,6 +99,25 @@ def test_new_tokens_are_trained_alone_saved_and_read_by_others(make_config, tiny
     generate(["--model", str(base), "--adapter", str(again), "--prompt", "1?", "--max_new_tokens", "3"])
     with pytest.raises(ConfigError, match="the new token '<tool>' is there already"):
         train(make_config("third", adapter=str(again), new_tokens="<tool>", **more))
+
+
+@pytest.mark.parametrize("kind", ["dora", "pissa"])
+def test_runs_over_a_quantised_base(make_config, tiny_model, kind):
+    """The result is the same over the stored 4 bits and over what they decode to, in PEFT; and merges."""
+    options = {"rank": 4, "dora": True} if kind == "dora" else {"rank": 4, "init": "pissa"}
+    result = train(make_config(method="qlora", lora=LoRAOptions(**options))).result
+    ours = load_model(tiny_model, adapter=result, quantize="auto")
+    decoded = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for path, weight in quantized_weights(ours).items():
+            decoded.get_submodule(path).weight.copy_(weight.dequantize(torch.float32))
+        theirs = peft.PeftModel.from_pretrained(decoded, result).eval()
+        wanted = theirs(IDS).logits
+        assert quantized_weights(ours) and relative(ours(IDS), wanted) < 1e-5
+        with theirs.disable_adapter(), adapter_disabled(ours):
+            assert relative(ours(IDS), theirs(IDS).logits) < 1e-5 < relative(ours(IDS), wanted)
+        merge(ours)
+        assert relative(ours(IDS), wanted) < 1e-5
 
 
 def test_a_full_run_with_new_tokens_writes_a_larger_model(make_config, tiny_model, talk):
