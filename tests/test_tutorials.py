@@ -106,11 +106,6 @@ BUGS = {
         "import minitune.checkpoint.gguf as m; m.Layout.places = lambda self, rows: None",
         "== 8.",
     ),
-    "a path in an index leads anywhere": (
-        FILES,
-        "import minitune.checkpoint.huggingface as m; m._inside = lambda folder, name: folder / name",
-        "== 4.",
-    ),
     "the first weight goes into the low nibble": (
         NF4,
         "import minitune.ops.nf4 as m; right = m.quantize_4bit\n"
