@@ -254,6 +254,23 @@ ATTACKS = [
     "{% set x = joiner.__init__['__globals__'] %}{{ x.os }}",
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}{{ os.environ }}",
+    "{% extends '/etc/passwd' %}",
+    "{% set f = '{0.__class__.__mro__}'.format %}{{ f('') }}",
+    "{{ ('{0.__class__}' | attr('format'))('') }}",
+    "{{ (['{0.__class__}'] | map('attr', 'format') | first)('') }}",
+    "{{ '{x.__class__}'.format_map({'x': 1}) }}",
+    "{{ messages | map(attribute='__class__') | list }}",
+    "{{ messages | map('attr', '__class__') | list }}",
+    "{{ messages | sort(attribute='__class__.__mro__') }}",
+    "{{ messages | groupby('__class__') }}",
+    "{{ ''['__cla' ~ 'ss__'] }}",
+    "{{ '' | attr('\\x5f\\x5fclass\\x5f\\x5f') }}",
+    "{{ messages[0].__getattribute__('x') }}",
+    "{{ self._TemplateReference__context }}",
+    "{{ messages[0].setdefault('x', 1) }}",
+    "{{ messages.pop() }}",
+    "{% for m in messages %}{{ loop.__init__.__globals__ }}{% endfor %}",
+    "{{ raise_exception.__code__ }}",
 ]
 
 
@@ -300,6 +317,13 @@ RUNAWAYS = [
     "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
     "{{ range(99999) | map('string') | join('x' * 99999) }}",
     "{{ ('a' * 9999999) | replace('a', 'a' * 9999999) }}",
+    "{{ messages | tojson(indent=10 ** 9) }}",
+    "{{ '%*d' % (10 ** 11, 1) }}",
+    "{{ strftime_now('%Y' * 10 ** 8) }}",
+    "{{ 'x' | indent(10 ** 10, true) }}",
+    "{% for x in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
+    "{{ (2 ** 99999999) | string }}",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
 ]
 
 
