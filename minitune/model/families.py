@@ -196,6 +196,7 @@ FAMILIES = {
         used={**_BIAS, **_CAPS}, constants={**_GEMMA, "norm_placement": "around"},
         defaults={**_GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         fixed={**_GEMMA_FIXED, "hidden_act": _GELU},
+        inert=("sliding_window_size",),  # of the first files, beside sliding_window, which is what is read
         activation="hidden_activation", activations=_TANH,
         window=("sliding_window", "layer_types"),
         slides=lambda layer, fields: layer % 2 == 0,
@@ -244,6 +245,7 @@ FAMILIES = {
         used={**_BIASES, "embedding_multiplier": "embedding_scale", "attention_multiplier": "attention_scale",
               "residual_multiplier": "residual_scale", "logits_scaling": "logits_scale"},
         defaults={"attention_multiplier": 1.0},
+        fixed={"attention_dropout": (0, 0.0, 0.1)},  # 0.1 in its first training, which fine-tuning does not repeat
     ),
     "smollm3": Family(
         about="SmolLM3",
@@ -253,7 +255,7 @@ FAMILIES = {
         used=_BIASES,
         defaults={"tie_word_embeddings": True, "max_position_embeddings": 32768, "sliding_window": None},
         rope_defaults={"rope_theta": 2000000.0},
-        inert=("pretraining_tp",),
+        inert=("pretraining_tp", "max_window_layers"),  # the published file has both; nothing reads them
         window=("use_sliding_window", "sliding_window", "layer_types"),
         slides=lambda layer, fields: not _turning(fields)[layer],
         derive=lambda fields: {"rope_layers": _turning(fields)},
@@ -297,8 +299,8 @@ FAMILIES = {
         defaults={"attention_bias": True, "use_parallel_residual": True, "layer_norm_eps": 1e-5},
         rope_defaults={"partial_rotary_factor": 0.25},
         fixed={"hidden_dropout": (0, 0.0)},
-        inert=("classifier_dropout", "is_decoder"),
-        activations=_GELUS,
+        inert=("classifier_dropout", "is_decoder", "attention_probs_dropout_prob", "hidden_dropout_prob"),
+        activations={**_GELUS, "gelu_fast": "gelu_tanh"},
         rope={"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
         names=(
             ("model.embed_tokens", "gpt_neox.embed_in"), ("model.layers", "gpt_neox.layers"),
