@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --progress-bar on
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-real check size bench lock clean
+.PHONY: help train test test-real parity check size bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,9 @@ test: $(VENV)/.test  ## run the tests (under 15 minutes on 2 cores)
 
 test-real: $(VENV)/.test  ## run the slow tests, on real weights
 	$(RUN) -m pytest -m real
+
+parity: $(VENV)/.test  ## compare every family with transformers; writes tests/PARITY.md (4 minutes)
+	OMP_NUM_THREADS=1 $(RUN) -m tests.parity
 
 check: $(VENV)/.test  ## lint, format, layers, size
 	$(VENV)/bin/ruff check .
