@@ -45,12 +45,14 @@ def test_folder_goes_round_through_transformers(tiny_folder, tmp_path, tie, limi
     assert load_model(tmp_path / "saved").config == model.config
 
 
-OTHERS = [case for case in (*FAMILIES, *ROPES) if case not in main_cases()]
+# Of each family the model whose config says most; the others with the slow tests.
+RICHEST = {case.kind: case for case in sorted(main_cases(), key=lambda case: len(str(case.fields)))}
+OTHERS = [case for case in (*FAMILIES, *ROPES) if case not in RICHEST.values()]
 
 
 @pytest.fixture(
     scope="module",
-    params=[*main_cases(), *(pytest.param(case, marks=pytest.mark.real) for case in OTHERS)],
+    params=[*RICHEST.values(), *(pytest.param(case, marks=pytest.mark.real) for case in OTHERS)],
     ids=lambda case: case.name,
 )
 def family(request, tmp_path_factory) -> tuple[Case, Path]:
@@ -86,10 +88,10 @@ def test_every_family_goes_round_in_equal_bits(family, tmp_path, dtype):
     shutil.copytree(family[1], source)
     write_tensors(source / "model.safetensors", expected)
     model = load_model(source)
-    save_model(model, None, tmp_path / "one")
-    save_model(model, None, tmp_path / "many", max_shard_bytes=30_000)
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
-    for folder in (tmp_path / "one", tmp_path / "many"):
+    for name, limit in {"one": 10**9, "many": 30_000}.items():
+        folder = tmp_path / name
+        save_model(model, None, folder, max_shard_bytes=limit)
+        assert (len(list(folder.glob("*.safetensors"))) > 3) == (name == "many")
         again = load_model(folder)
         assert again.dtype == getattr(torch, dtype) and again.config == model.config
         assert same(again.state_dict(), model.state_dict()) and same(stored(folder), expected)
@@ -117,6 +119,8 @@ def test_transformers_reads_every_family(family, tmp_path):
 @torch.no_grad()
 def test_every_family_goes_round_in_four_bits(family, tmp_path):
     """GPT-2's weights lie the other way round in its folders, but not when they are quantised."""
+    if family[0].kind not in ("GPT2", "GPTNeoX", "Phi3", "Llama"):
+        pytest.skip("has the layout of Llama")
     model = load_model(family[1], quantize="nf4", keep_quantized=False)
     save_model(model, None, tmp_path / "m")
     again = load_model(tmp_path / "m")

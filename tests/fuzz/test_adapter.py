@@ -56,8 +56,9 @@ def test_mutated_adapters(case, count):
         logits = model(IDS)
         assert logits.shape == expected.shape
         assert found is not None or torch.equal(logits, expected)
-        facts = outcome(lambda: describe(place))
-        assert json.loads(json.dumps(facts, default=str)) and as_text(facts)
+        if sum(seen.values()) % 4 == 0:
+            facts = outcome(lambda: describe(place))
+            assert json.loads(json.dumps(facts, default=str)) and as_text(facts)
 
     fuzz(st.one_of(cases), check, count)
     assert min(seen.values()) > count // 50  # both happen
