@@ -280,7 +280,7 @@ def _adapter(path: Path, findings: Findings) -> dict[str, Any]:
     facts = {
         "adapter": shown | {"modules in the file": modules},
         "parts": _by_part(tensors),
-        "base in training": "unsaid, or not quantised" if quantization is None else str(quantization),
+        "base quantised": "no, or unsaid" if quantization is None else str(quantization),
     }
     if settings and findings.attempt(read_config, path / CONFIG) and tensors:
         findings.attempt(_check_adapter, path, settings.get("base_model_name_or_path"), findings)
@@ -310,15 +310,20 @@ def _check_adapter(path: Path, base: Any, findings: Findings) -> None:
 
 def _run(path: Path, findings: Findings) -> dict[str, Any]:
     """Describe a run: how far it came, and the adapter or model that it left, whose problems are the run's."""
-    from minitune.files import read_json
     from minitune.training.state import checkpoints
 
-    folders = checkpoints(path / "checkpoints")
-    states = {folder.name: findings.attempt(read_json, folder / "state.json") or {} for folder in folders}
-    progress = [state.get("progress") or {} for state in states.values()][-1:]
+    folders, progress = checkpoints(path / "checkpoints"), {}
+    for folder in folders:
+        try:
+            progress = dict(json.loads((folder / "state.json").read_text(encoding="utf-8"))["progress"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            findings.notes.append(f"{folder / 'state.json'} is missing or damaged; the checkpoint cannot be resumed")
     kept = ("step", "tokens", "target_tokens", "seconds", "best_step", "best_loss")
-    last = [{name: reached.get(name) for name in kept} for reached in progress if isinstance(reached, dict)]
-    facts = {"checkpoints": list(states), "last": last[0] if last else None, "result": None}
+    facts = {
+        "checkpoints": [folder.name for folder in folders],
+        "last": {name: progress.get(name) for name in kept} if progress else None,
+        "result": None,
+    }
     result = next((path / name for name in ("adapter", "model") if (path / name).is_dir()), None)
     if result is None:
         findings.notes.append("the run has left no adapter and no model yet; go on with --resume")

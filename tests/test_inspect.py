@@ -243,6 +243,8 @@ def test_a_run_is_described_with_what_it_left(folder, tmp_path, capsys):
     save_adapter(model, run / "adapter", str(folder))
     assert describe(run)["result"]["kind"] == "adapter, PEFT folder"
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    (run / "checkpoints" / "step-0000002" / "state.json").write_text("[1]")
+    assert "state.json is missing or damaged" in describe(run)["notes"][0]
     assert main([str(run)]) == 1
     text = capsys.readouterr().out
     assert text.count("is not a whole safetensors file") == 2  # of the run, and of its adapter
