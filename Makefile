@@ -6,13 +6,16 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --progress-bar on
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-real parity check size bench lock clean
+.PHONY: help train inspect test test-real parity check size bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 train: $(VENV)/.train  ## fine-tune SmolLM2 on Rotten Tomatoes with LoRA and compare it with the base model
 	$(RUN) -m examples.sentiment
+
+inspect: $(VENV)/.train  ## say what a checkpoint, adapter or run is: make inspect PATHS=runs/demo/train
+	@$(RUN) -m minitune.inspect $(PATHS)
 
 test: $(VENV)/.test  ## run the tests (under 15 minutes on 2 cores)
 	$(RUN) -m pytest
