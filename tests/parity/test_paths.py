@@ -1,6 +1,7 @@
 """Each family by other paths: generation in batches, gradient checkpointing, weights in 4 bits, reward heads."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -36,6 +37,29 @@ def test_generation_checkpointing_and_quantised_weights(case, tmp_path):
         for path, weight in stored.items():
             decoded.get_submodule(path).weight.copy_(weight.dequantize())
         assert apart(model(token_ids()), decoded(token_ids())) < 1e-5
+
+
+def upstream_gradients(model, forward, ids):
+    """Return the gradients of a random projection of the logits, all in one vector."""
+    model.zero_grad(set_to_none=True)
+    logits = forward(ids).float()
+    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    return torch.cat([parameter.grad.float().flatten() for _, parameter in sorted(model.named_parameters())])
+
+
+@pytest.mark.parametrize("name", ["Gemma 2 8/2, tied", "Mistral 8/2, untied"])
+@pytest.mark.parametrize("window", [7, 150])
+def test_texts_of_many_blocks_in_fp32_and_bf16(name, window, tmp_path):
+    """Attention is made in blocks of 128 queries where there is a cap, and in the backward pass in bf16."""
+    case = next(case for case in CASES if case.name == name)
+    fields = case.fields | {"sliding_window": window, "max_position_embeddings": 512}
+    pair = twins(dataclasses.replace(case, fields=fields), tmp_path)
+    ids = token_ids(2, 300, 7)
+    expected = upstream_gradients(pair.theirs, lambda given: their_forward(pair.theirs, given), ids)
+    assert apart(upstream_gradients(pair.ours, pair.ours, ids), expected) < 1e-5
+    ours, theirs = pair.ours.bfloat16(), pair.theirs.bfloat16()
+    their_error = apart(upstream_gradients(theirs, lambda given: their_forward(theirs, given), ids), expected)
+    assert apart(upstream_gradients(ours, ours, ids), expected) < 1.5 * their_error
 
 
 @torch.no_grad()
