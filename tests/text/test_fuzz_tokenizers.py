@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from chat_styles import CHATML, HELPERS, LLAMA3, THINKING
 from conftest import write_fast
 from hypothesis import strategies as st
 from test_tokenizers import write_gguf
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from minitune.text.chat import render_chat
+from minitune.text.templates import ChatTemplate
 from minitune.text.tokenizer import load_tokenizer
 from tests.fuzz.mutations import COUNTS, fuzz, mutated_bytes, mutated_json, outcome
 
@@ -121,6 +123,25 @@ def test_mutated_tokenizer_model(tmp_path, piece_folder, count):
         outcome(lambda: use(tmp_path))
 
     fuzz(st.one_of(*map(mutated_bytes, wholes)), check, count)
+
+
+@COUNTS
+def test_mutated_chat_templates(fast_folder, tmp_path, count):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((fast_folder("chatml") / name).read_bytes())
+    sources = [source.encode() for source in (CHATML, LLAMA3, THINKING, HELPERS)]
+    ours = load_tokenizer(tmp_path)
+
+    def rendered(text):
+        ours.chat_template = ChatTemplate(text, "x")
+        for prompt in (False, True):
+            chat = render_chat(ours, TALK[:1] if prompt else TALK, add_generation_prompt=prompt)
+            assert len(chat.ids) == len(chat.targets) and any(chat.targets) != prompt
+
+    def check(content):
+        outcome(lambda: rendered(content.decode("utf-8", "replace")))
+
+    fuzz(st.one_of(*map(mutated_bytes, sources)), check, count)
 
 
 @COUNTS
