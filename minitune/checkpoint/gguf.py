@@ -144,7 +144,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
     names = {theirs: ours for ours, theirs in _modules(config).items()}
     tensors = {}
     for theirs, place in places.items():
-        if theirs in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
+        if config.rope and theirs in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
             continue  # part of the config
         ours = _renamed(theirs, _TENSOR, "model.layers.{}.", names)
         tensors[ours] = QuantisedTensor(*place, layout_of(config, ours))

@@ -132,8 +132,8 @@ def read_fields(
         CheckpointError: an architecture or key that is not known, or a key that contradicts the others.
     """
     name = metadata.get("general.architecture")
-    if metadata.get("general.type", "model") != "model" or metadata.get("split.count", 1) > 1:
-        what = f"part {metadata['split.no'] + 1} of a file" if "split.no" in metadata else metadata["general.type"]
+    if metadata.get("general.type", "model") != "model" or metadata.get("split.count", 1) not in (0, 1):
+        what = f"part of one (split.no {metadata['split.no']})" if "split.no" in metadata else metadata["general.type"]
         raise CheckpointError(f"{where} is not a whole model but {what}; give a model in one file")
     if name not in ARCHITECTURES:
         raise CheckpointError(
@@ -166,10 +166,10 @@ def _check_numbers(values: dict[str, Any], what: str) -> None:
             raise CheckpointError(f"{what}.{key} is missing")
     for key, value in values.items():
         whole = key in _COMMON
-        if key != _SCALING + "type" and (type(value) is not int if whole else not isinstance(value, int | float)):
-            raise CheckpointError(f"{what}.{key} is {value!r}; it must be a {'whole ' if whole else ''}number")
-        if whole and value < 1:
-            raise CheckpointError(f"{what}.{key} is {value}; it must be positive")
+        number = type(value) is int if whole else isinstance(value, int | float)
+        if key != _SCALING + "type" and not (number and whole <= value < math.inf):
+            needed = "a positive whole number" if whole else "a number from 0 up"
+            raise CheckpointError(f"{what}.{key} is {value!r}; it must be {needed}")
 
 
 def _fields(architecture: Architecture, values: dict, metadata: Mapping[str, Any], shapes: _Shapes) -> dict[str, Any]:
@@ -190,8 +190,8 @@ def _fields(architecture: Architecture, values: dict, metadata: Mapping[str, Any
         largest = stored["num_layers"] == architecture.largest
         fields["query_pre_attn_scalar"] = per_head if largest else stored["head_dim"]
     ids = {theirs: metadata.get(f"tokenizer.ggml.{ours}") for ours, theirs in _IDS.items()}
-    stops = [metadata[f"tokenizer.ggml.{name}"] for name in STOPS if f"tokenizer.ggml.{name}" in metadata]
-    return {"model_type": architecture.family, **fields, **ids, "eos_token_id": list(dict.fromkeys(stops))}
+    stops = dict.fromkeys(metadata.get(f"tokenizer.ggml.{name}") for name in STOPS)
+    return {"model_type": architecture.family, **fields, **ids, "eos_token_id": [id for id in stops if id is not None]}
 
 
 def _check(architecture: Architecture, values: dict[str, Any], config: ModelConfig, what: str) -> None:
@@ -248,25 +248,32 @@ def _rope_fields(
     turned = values.get("rope.dimension_count", width)
     found: dict[str, Any] = {names["rope_theta"]: theta}
     if "partial_rotary_factor" in names:
-        found[names["partial_rotary_factor"]] = turned / width
+        found[names["partial_rotary_factor"]] = turned / max(width, 1)
     elif turned != width:
         raise CheckpointError(f"{where}: {turned} of a head's {width} elements are turned; this family turns them all")
     if architecture.two_ropes:
         found["rope_local_base_freq"] = values.get("rope.freq_base_swa", 10000.0)
     given = {setting: values[_SCALING + key] for key, setting in _ROPE_SETTINGS.items() if _SCALING + key in values}
     kind = values.get(_SCALING + "type", "linear" if "factor" in given else "none")
-    if ROPE_FACTORS in shapes:
-        scaling = {"rope_type": "llama3", **_llama3_settings(vector(ROPE_FACTORS), turned, theta, where)}
-    elif LONG_FACTORS in shapes:
-        scaling = _longrope_settings(values, given, vector)
-        if "original_max_position_embeddings" in names:
-            found["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
-    elif kind == "none" or kind == "linear" and given.get("factor", 1) in (0, 1):
+    if kind == "none" or kind == "linear" and given.get("factor", 1) in (0, 1):  # which is not to scale
+        kind = "llama3" if ROPE_FACTORS in shapes else "longrope" if LONG_FACTORS in shapes else "default"
+    strange = {ROPE_FACTORS: kind == "llama3", LONG_FACTORS: kind == "longrope", SHORT_FACTORS: kind == "longrope"}
+    for name, expected in strange.items():
+        if (name in shapes) != expected:
+            raise CheckpointError(f"{where}: {name} is {'missing' if expected else 'there'} in a rope of kind {kind}")
+    if kind != "longrope" and values.get(_SCALING + "attn_factor", 1) != 1:
+        raise CheckpointError(f"{where}: {_SCALING}attn_factor is not implemented in a rope of kind {kind}")
+    if kind == "default":
         return found
-    else:
-        given.pop("original_max_position_embeddings" if kind == "linear" else "", None)
-        scaling = {"rope_type": kind, **given}
-    return found | {"rope_scaling": scaling}
+    if kind == "llama3":
+        given = _llama3_settings(vector(ROPE_FACTORS), turned, theta, where)
+    elif kind == "linear":
+        given.pop("original_max_position_embeddings", None)
+    elif kind == "longrope":
+        given = _longrope_settings(values, given, vector)
+        if "original_max_position_embeddings" in names:
+            found["original_max_position_embeddings"] = given.pop("original_max_position_embeddings")
+    return found | {"rope_scaling": {"rope_type": kind, **given}}
 
 
 def _rope_values(config: ModelConfig) -> tuple[dict[str, Any], dict[str, list[float]]]:
@@ -275,15 +282,16 @@ def _rope_values(config: ModelConfig) -> tuple[dict[str, Any], dict[str, list[fl
     values: dict[str, Any] = {"rope.freq_base": rope.theta, "rope.dimension_count": rope.width(config.head_dim)}
     if kind == "llama3":
         return values, {ROPE_FACTORS: _llama3_factors(rope, rope.width(config.head_dim)).tolist()}
+    trained = rope.original_positions or config.max_positions
     if kind in ("linear", "yarn", "longrope"):
         values[_SCALING + "type"] = kind
+    if kind in ("linear", "yarn"):  # with longrope llama.cpp would divide by it once more
         values[_SCALING + "factor"] = rope.factor
     if kind in ("yarn", "longrope"):
-        values[_SCALING + "original_context_length"] = rope.original_positions or config.max_positions
+        values[_SCALING + "original_context_length"] = trained
         values |= {_SCALING + "yarn_beta_fast": rope.beta_fast, _SCALING + "yarn_beta_slow": rope.beta_slow}
     if kind != "longrope":
         return values, {}
-    trained = rope.original_positions or config.max_positions
     values[_SCALING + "attn_factor"] = rope.attention_factor or _longrope_scale(config.max_positions, trained)
     return values, {LONG_FACTORS: list(rope.long_factor), SHORT_FACTORS: list(rope.short_factor)}
 
@@ -294,13 +302,13 @@ def _longrope_scale(positions: int, trained: int) -> float:
 
 
 def _longrope_settings(values: dict[str, Any], given: dict[str, Any], vector: Callable) -> dict[str, Any]:
+    """Return the settings of a rope with a factor for each pair; a common one beside them is not known (refused)."""
     positions = values.get("context_length", 0)
     given = {"original_max_position_embeddings": positions, **given}
     scale = values.get(_SCALING + "attn_factor", 1.0)  # llama.cpp's default
     if not _close(scale, _longrope_scale(positions, given["original_max_position_embeddings"])):
         given["attention_factor"] = scale
-    factors = {"short_factor": vector(SHORT_FACTORS), "long_factor": vector(LONG_FACTORS)}
-    return {"rope_type": "longrope", **given, **factors}
+    return {**given, "short_factor": vector(SHORT_FACTORS), "long_factor": vector(LONG_FACTORS)}
 
 
 def _llama3_factors(rope: Rope, width: int) -> torch.Tensor:
@@ -333,7 +341,7 @@ def _llama3_settings(factors: list[float], width: int, theta: float, where: str)
 
 def _fits(settings: dict[str, Any], factors: list[float], width: int, theta: float) -> bool:
     """Tell whether the settings give the factors, in fp32."""
-    if settings["factor"] <= 1 or len(factors) != width // 2 or settings["original_positions"] < 1:
+    if settings["factor"] <= 1 or len(factors) != width // 2 or not 0 < settings["original_positions"] < 1 << 31:
         return False
     expected = _llama3_factors(Rope(theta=theta, kind="llama3", **settings), width)
     return torch.allclose(expected, torch.tensor(factors, dtype=torch.float64), rtol=1e-5, atol=0)

@@ -1,6 +1,7 @@
 """GGUF of every architecture, in and out: a converter of the test's own, transformers' import, and round trips."""
 
 import dataclasses
+import math
 
 import gguf
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minitune.checkpoint import gguf as gguf_module
-from minitune.checkpoint.gguf_metadata import lost
+from minitune.checkpoint.gguf_metadata import _llama3_settings, lost
 from minitune.checkpoint.gguf_writer import save_gguf
 from minitune.checkpoint.load import load_model, load_tokenizer
 from minitune.errors import CheckpointError, ConfigError
@@ -128,6 +129,45 @@ def test_a_file_says_all_that_the_folder_said(folders, tmp_path):
     assert metadata["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16 and metadata["general.type"] == "model"
     assert kinds["token_embd.weight"] == "F16" and kinds["blk.0.attn_norm.weight"] == "F32"
     assert kinds["blk.0.attn_qkv.bias"] == "F32"
+
+
+@pytest.mark.parametrize(
+    "variant, change, expected",
+    [
+        ("llama3 rope", {"rope_freqs.weight": [1.0, 1, 1, 1, 2, 2, 2, 3]}, "not a rope of Llama 3's kind"),
+        ("llama3 rope", {"rope_freqs.weight": [1.0]}, "not a rope of Llama 3's kind"),
+        (
+            "wide heads",
+            {"rope_factors_short.weight": [1.0]},
+            "rope_factors_short.weight is there in a rope of kind def",
+        ),
+        ("linear rope", {"rope_freqs.weight": [1.0] * 4}, "rope_freqs.weight is there in a rope of kind linear"),
+    ],
+)
+def test_vectors_that_are_no_rope_are_refused(folders, tmp_path, monkeypatch, variant, change, expected):
+    from minitune.checkpoint import gguf_writer
+
+    model = load_model(folders(case_named("llama", variant)))
+    values, _ = gguf_writer.write_values(model.config)
+    monkeypatch.setattr(gguf_writer, "write_values", lambda config: (values, change))
+    with pytest.raises(CheckpointError, match=expected):
+        save_gguf(model, None, tmp_path / "model.gguf")  # which reads it again
+
+
+@pytest.mark.parametrize(
+    "factor, context, width", [(8.0, 8192, 128), (32.0, 8192, 64), (8.0, 8192, 64), (4.0, 4096, 32)]
+)
+def test_the_settings_of_llama3_come_out_of_its_factors(factor, context, width):
+    """Factors as llama.cpp's converter computes them, in fp32 and pair by pair, for Llama 3.1 and 3.2's settings."""
+    factors = []
+    for frequency in 1.0 / 500000.0 ** (torch.arange(0, width, 2, dtype=torch.float32) / width):
+        wave = 2 * math.pi / frequency
+        smooth = (context / wave - 1) / 3
+        kept = 1.0 if wave < context / 4 else factor if wave > context else 1 / ((1 - smooth) / factor + smooth)
+        factors.append(float(kept))
+    found = _llama3_settings(factors, width, 500000.0, "x")
+    assert found == {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": context}  # fmt: skip
 
 
 def test_what_gguf_cannot_say_is_refused(tmp_path, folders):
