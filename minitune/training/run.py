@@ -222,10 +222,9 @@ def _objective(config: TrainConfig, model: Transformer) -> tuple[Objective, floa
 
 def _with_reference(model: Transformer, stream: Stream, config: TrainConfig, base: str) -> Stream:
     """Return the stream with the reference's log-probabilities, which are the model's as it is, a fresh adapter off."""
-    fresh = (
-        config.method in ADAPTER_METHODS and config.adapter is None
-    )  # its rows for new tokens are the reference's too
-    base = base if config.adapter is None else state.base_fingerprint(model)  # a loaded adapter is a part of it
+    fresh = config.method in ADAPTER_METHODS and config.adapter is None
+    if config.adapter is not None or config.new_tokens:  # a loaded adapter and new rows are a part of it
+        base = state.base_fingerprint(model)
     with adapter_disabled(model) if fresh else contextlib.nullcontext():
         corpus, place = with_reference(
             model, stream.corpus, base, batch_size=config.batch_size, pad_id=stream.pad_id,

@@ -1,6 +1,7 @@
 """Whole runs with DoRA, PiSSA, modules trained whole and new tokens: what they save works in PEFT on the plain base."""
 
 import json
+import math
 
 import peft
 import pytest
@@ -16,7 +17,8 @@ from minitune.generate import main as generate
 from minitune.model.lora import adapter_disabled, add_lora, quantized_weights
 from minitune.model.lora_config import LoRAConfig
 from minitune.model.vocabulary import add_rows
-from minitune.training.config import LoRAOptions, PreferenceOptions, TrainConfig
+from minitune.reporting.journal import read_metrics
+from minitune.training.config import EvaluationConfig, LoRAOptions, PreferenceOptions, TrainConfig
 from minitune.training.run import train
 
 IDS = torch.arange(2 * 9).view(2, 9) * 13 % 256
@@ -167,6 +169,25 @@ def test_the_reference_of_a_preference_is_made_first_where_training_changes_the_
     kinds = LoRAOptions(dora=True, init="pissa")
     assert not TrainConfig(data="x", objective="dpo", lora=kinds).resolved().precomputes
     assert TrainConfig(data="x", objective="dpo", preference=PreferenceOptions(precompute=True)).resolved().precomputes
+
+
+def test_dpo_over_new_tokens_starts_undecided_with_every_seed(make_config, tmp_path, monkeypatch):
+    """ln 2 by the loss's definition where policy and reference are one, so also where the rows were drawn anew."""
+    monkeypatch.setenv("MINITUNE_WEIGHTS", str(tmp_path))
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{i}?", "chosen": "<a>" * (1 + i % 5), "rejected": "no " * (1 + i % 3)} for i in range(24)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    kinds = LoRAOptions(rank=2, dora=True, init="pissa")
+    options = {"data": str(path), "objective": "dpo", "max_steps": 2, "lora": kinds,
+               "evaluation": EvaluationConfig(samples=0)}  # fmt: skip
+    for name, changes in {
+        "first": {"new_tokens": "<a>"},
+        "second": {"new_tokens": "<a>", "seed": 1},
+        "none": {},
+    }.items():
+        train(make_config(name, **options, **changes))
+        losses = [line["validation_loss"] for line in read_metrics(tmp_path / name) if "validation_loss" in line]
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0] - 1e-4
 
 
 @pytest.mark.parametrize(
