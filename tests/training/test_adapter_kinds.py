@@ -178,8 +178,8 @@ def test_dpo_over_new_tokens_starts_undecided_with_every_seed(make_config, tmp_p
     rows = [{"prompt": f"{i}?", "chosen": "<a>" * (1 + i % 5), "rejected": "no " * (1 + i % 3)} for i in range(24)]
     path.write_text("\n".join(map(json.dumps, rows)))
     kinds = LoRAOptions(rank=2, dora=True, init="pissa")
-    options = {"data": str(path), "objective": "dpo", "max_steps": 2, "lora": kinds,
-               "evaluation": EvaluationConfig(samples=0)}  # fmt: skip
+    options = {"data": str(path), "validation": str(path), "validation_fraction": None, "objective": "dpo",
+               "max_steps": 2, "lora": kinds, "evaluation": EvaluationConfig(samples=0)}  # fmt: skip
     for name, changes in {
         "first": {"new_tokens": "<a>"},
         "second": {"new_tokens": "<a>", "seed": 1},
