@@ -132,9 +132,9 @@ def read_fields(
         CheckpointError: an architecture or key that is not known, or a key that contradicts the others.
     """
     name = metadata.get("general.architecture")
-    if metadata.get("general.type", "model") != "model" or metadata.get("split.count", 1) not in (0, 1):
-        what = f"part of one (split.no {metadata['split.no']})" if "split.no" in metadata else metadata["general.type"]
-        raise CheckpointError(f"{where} is not a whole model but {what}; give a model in one file")
+    kind = "part of one" if metadata.get("split.count", 1) not in (0, 1) else metadata.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(f"{where} is not a whole model but {kind}; give a model in one file")
     if name not in ARCHITECTURES:
         raise CheckpointError(
             f"{where}: architecture {name!r} is not supported in GGUF; supported: {', '.join(ARCHITECTURES)}"

@@ -119,7 +119,7 @@ def test_folder_with_one_gguf_is_that_file(tmp_path):
         ({"architecture": "qwen22"}, "architecture 'qwen22' is not supported in GGUF; did you mean 'qwen2'"),
         ({"architecture": "qwen3"}, "model.layers.0.self_attn.q_norm.weight is missing; layers.1.self_attn.k_norm"),
         ({"architecture": "phi3"}, "qkv_proj.weight is missing; q_proj.weight is not part; gate_up_proj.weight is [96"),
-        ({"extra": {"split.count": 3, "split.no": 1}}, "not a whole model but part of one (split.no 1)"),
+        ({"extra": {"split.count": 3, "split.no": 1}}, "not a whole model but part of one"),
         ({"extra": {"llama.rope.scaling.factor": 4, "llama.rope.scaling.yarn_beta_fast": 32}}, "'beta_fast'"),
         ({"extra": {"llama.rope.scaling.attn_factor": 2}}, "attn_factor is not implemented in a rope of kind default"),
         ({"extra": {"llama.attention.sliding_window": 7}}, "sliding_window is not known"),
