@@ -111,7 +111,10 @@ def lora_modules(model: nn.Module) -> dict[str, LoRA]:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the base alone inside the block; what was off before stays off after."""
+    """Run the base alone inside the block; what was off before stays off after.
+
+    Parameters of the base that were trained beside its adapters (embeddings, biases) stay as they are now.
+    """
     adapters = [module for module in model.modules() if isinstance(module, LoRA)]
     before = [adapter.enabled for adapter in adapters]
     try:
