@@ -60,7 +60,7 @@ class StoredAdapter:
         return _SCORE in self.tensors
 
     def read(self) -> dict[str, torch.Tensor]:
-        """Return all tensors, fp32 where they are a layer's; CheckpointError naming those that are not finite."""
+        """Return all tensors as they are stored; CheckpointError naming those that are not finite."""
         values = {name: tensor.read() for name, tensor in self.tensors.items()}
         bad = [f"{name} holds a NaN or infinity" for name, value in values.items() if not all_finite(value.float())]
         fail_listing(f"{self.folder} is from a run that diverged", bad)
