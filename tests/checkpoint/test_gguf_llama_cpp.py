@@ -5,7 +5,9 @@ import torch
 
 from minitune.checkpoint.gguf_writer import save_gguf
 from minitune.checkpoint.load import load_model, load_tokenizer
+from minitune.errors import CheckpointError
 from minitune.gguf_io import read_file
+from minitune.sources import resolve
 from tests.checkpoint.gguf_cases import CASES, NAMES, folder_of
 from tests.checkpoint.llama_cpp import LlamaCpp, convert, home
 
@@ -102,3 +104,15 @@ def test_a_wrong_row_order_is_caught(tmp_path, monkeypatch):
     ids = tokenizer.encode(PROMPT, bos=False)
     theirs, ours = torch.tensor(LlamaCpp(tmp_path / "model.gguf").logits(ids)), model(torch.tensor([ids]))[0]
     assert (ours - theirs).norm() > 0.1 * ours.norm()
+
+
+def test_gemma_written_by_us_gives_the_same_greedy_tokens(tmp_path):
+    try:
+        (source,) = resolve("gemma-3-270m").glob("*.gguf")
+    except CheckpointError as error:
+        pytest.skip(f"{error} --accept_licence, after reading its terms")
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    save_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="float32")
+    judge, ids = LlamaCpp(tmp_path / "model.gguf"), tokenizer.encode("The capital of France is")
+    assert judge.tokens(TEXT) == tokenizer.encode(TEXT)
+    assert judge.greedy(ids, 12) == greedy(model, ids, 12)
