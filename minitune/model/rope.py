@@ -13,6 +13,7 @@ decide for a batch was rejected: an answer would depend on its neighbours.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +69,8 @@ class Rope:
         for name in ("theta", "share", *taken):
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):
-                right = isinstance(number, int | float) and 0 < number < math.inf or name == "truncate"
-                if number is not None and not right:
+                right = isinstance(number, int | float) and 0 < number < sys.float_info.max or name == "truncate"
+                if value is not None and not right:
                     raise ConfigError(f"rope: {name} is {number!r}; it must be a number above 0")
         if self.share > 1:
             raise ConfigError(f"rope: the turned share of a head is {self.share}; it must be at most 1")

@@ -204,6 +204,24 @@ def test_unknown_configs_are_refused(tiny_folder, tmp_path, change, expected):
         {"head_dim": 10**12},
         {"eos_token_id": list(range(10**5, 2 * 10**5))},
         {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 10**5, "long_factor": [1.0] * 10**5}},
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 16,
+                "short_factor": [None] * 4,
+                "long_factor": [1.0] * 4,
+            }
+        },
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 16,
+                "short_factor": [10**400] * 4,
+                "long_factor": [1.0] * 4,
+            }
+        },
         {"layer_types": ["full_attention"] * 10**5},
         {"rope_theta": -1},
     ],
