@@ -82,13 +82,14 @@ def _is_reward(fields: dict[str, Any], family: Family) -> bool:
 
 def _check_fields(fields: dict[str, Any], family: Family) -> None:
     """Raise ConfigError for a field that is not known, known but at a value that is not implemented, or missing."""
-    fixed = family.all_fixed
+    unknown, fixed = [name for name in fields if name not in family.known], family.all_fixed
+    if unknown:
+        others = f"; so are {', '.join(map(repr, unknown[1:]))}" if unknown[1:] else ""
+        raise ConfigError(
+            f"the field {unknown[0]!r} is not known to this engine and may change the model; "
+            f"it is refused rather than ignored{nearest(unknown[0], family.known)}{others}"
+        )
     for name, value in fields.items():
-        if name not in family.known:
-            raise ConfigError(
-                f"the field {name!r} is not known to this engine and may change the model; "
-                f"it is refused rather than ignored{nearest(name, family.known)}"
-            )
         if name in fixed and value not in fixed[name]:
             raise ConfigError(f"{name} = {value!r} is not implemented (only {fixed[name][0]!r} is)")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
@@ -123,7 +124,7 @@ def _ropes(fields: dict[str, Any], family: Family) -> dict[str, Rope | None]:
     if not family.rope:
         return {"rope": None}
     outside = {key: fields[name] for name, key in family.rope.items() if fields.get(name) is not None}
-    scaling, parameters = (fields.get(name) or {} for name in ROPE)
+    scaling, parameters = ({} if fields.get(name) is None else fields[name] for name in ROPE)
     for name, described in zip(ROPE, (scaling, parameters), strict=True):
         if not isinstance(described, dict):
             raise ConfigError(f"{name} is {described!r}; it must be an object")

@@ -69,7 +69,7 @@ class Rope:
         for name in ("theta", "share", *taken):
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):
-                right = isinstance(number, int | float) and 0 < number < sys.float_info.max or name == "truncate"
+                right = type(number) in (int, float) and 0 < number < sys.float_info.max or name == "truncate"
                 if value is not None and not right:
                     raise ConfigError(f"rope: {name} is {number!r}; it must be a number above 0")
         if self.share > 1:
