@@ -1,11 +1,12 @@
-"""Command: measure a model. Classification by generated answer, perplexity of a text; a table and JSON.
+"""Command: measure a model, beside its base: labels, answers against references, choices, perplexity; table and JSON.
 
     python -m minitune.evaluate --model M --adapter A --classify test.jsonl --labels positive,negative \\
         --perplexity wiki.txt --output result.json
+    python -m minitune.evaluate --adapter A --references test.jsonl --metrics rouge,exact_match --choices quiz.jsonl
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from minitune.cli import parse
@@ -21,14 +22,25 @@ class EvaluateConfig(ModelOptions):
     """Rows whose last answer is a label: .jsonl, .json or .csv in any format that trains."""
     labels: str | None = None
     """With classify: the labels, as positive,negative."""
+    references: str | None = None
+    """Rows whose last answer is what to write: .jsonl, .json or .csv in any format that trains but text."""
+    metrics: str | None = None
+    """With references: rouge,bleu,... (default exact_match,rouge,bleu,chrf,length,repetition; also rouge1, chrf++,
+    format, token_accuracy, perplexity, bits_per_byte, likelihood for these three)."""
+    answer_form: str | None = None
+    """With references: what the metric format asks for: regex:PATTERN, choices:a,b, json, or json:SCHEMA.json."""
+    choices: str | None = None
+    """Rows {"prompt", "choices": [...], "answer"} to choose from by likelihood."""
+    base: str | None = None
+    """With references or choices: the model to compare with (default: with an adapter, the model without it)."""
     perplexity: str | None = None
     """A .txt file (or a fetched one's name) whose perplexity to measure."""
     output: str | None = None
     """Write all results to this JSON file."""
     max_rows: int | None = None
-    """With classify: use only the first rows (default: all)."""
+    """With classify, references or choices: use only the first rows (default: all)."""
     max_new_tokens: int | None = None
-    """With classify: an answer not ended by then is no label (default 16)."""
+    """An answer not ended by then is no label (with classify, default 16) or cut off (with references, 256)."""
     window: int | None = None
     """With perplexity: tokens that the model sees at once (default 1024, or what it can)."""
     stride: int | None = None
@@ -36,20 +48,25 @@ class EvaluateConfig(ModelOptions):
     max_tokens: int | None = None
     """With perplexity: use only the first tokens of the text (default: all)."""
     batch_size: int | None = None
-    """With classify: prompts read at once (default 32); texts are read 4 x 1024 tokens at a time."""
+    """Prompts read at once (default 32), or texts with their answers (8); a long text's windows come 4 x 1024 tokens
+    at a time."""
 
     def __post_init__(self):
         """Refuse a run that measures nothing, and options that it would ignore."""
-        if self.classify is None and self.perplexity is None:
-            raise ConfigError("nothing to measure; give --classify FILE --labels a,b or --perplexity FILE, or both")
+        kinds = ("classify", "references", "choices", "perplexity")
+        if all(getattr(self, kind) is None for kind in kinds):
+            raise ConfigError(
+                "nothing to measure; give --classify FILE --labels a,b, --references FILE, --choices FILE or "
+                "--perplexity FILE, or several"
+            )
         if self.classify is not None and self.labels is None:
             raise ConfigError("labels are missing; name them, as in --labels positive,negative")
-        belongs = {"labels": "classify", "max_rows": "classify", "max_new_tokens": "classify",
-                   "batch_size": "classify", "window": "perplexity", "stride": "perplexity",
-                   "max_tokens": "perplexity"}  # fmt: skip
+        belongs = {"labels": kinds[:1], "metrics": kinds[1:2], "answer_form": kinds[1:2], "base": kinds[1:3],
+                   "max_rows": kinds[:3], "max_new_tokens": kinds[:2], "batch_size": kinds[:3],
+                   "window": kinds[3:], "stride": kinds[3:], "max_tokens": kinds[3:]}  # fmt: skip
         for name, needed in belongs.items():
-            if getattr(self, name) is not None and getattr(self, needed) is None:
-                raise ConfigError(f"{name} is set without {needed}, which it belongs to; leave it out")
+            if getattr(self, name) is not None and all(getattr(self, kind) is None for kind in needed):
+                raise ConfigError(f"{name} is set without {' or '.join(needed)}, which it belongs to; leave it out")
         counts = ("max_rows", "max_new_tokens", "max_tokens", "batch_size", "window", "stride")
         check_counts(**{name: getattr(self, name) for name in counts})
 
@@ -70,22 +87,79 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(config: EvaluateConfig) -> dict[str, Any]:
-    """Return what was measured: {"model", "adapter", "classification", "perplexity", "seconds"}."""
-    from minitune.evaluation.classification import read_labelled
-    from minitune.sources import resolve
-
-    rows = []
-    if config.classify is not None:  # read first: an error in the data should not wait for the model
-        rows = read_labelled(resolve(config.classify), config.labels.split(","))[: config.max_rows]
-    text = "" if config.perplexity is None else read_text(resolve(config.perplexity))
+    """Return what was measured: {"model", "adapter", "seconds"} and "classification", "references", ... as asked."""
+    tasks = read_tasks(config)  # first: an error in the data should not wait for the model
     model, tokenizer = config.load()
     start = time.monotonic()
     result: dict[str, Any] = {"model": config.model, "adapter": config.adapter}
-    if rows:
-        result["classification"] = _classify(model, tokenizer, rows, config)
-    if text:
-        result["perplexity"] = _perplexity(model, tokenizer, text, config)
+    if "classify" in tasks:
+        result["classification"] = _classify(model, tokenizer, tasks["classify"], config)
+    scored = _scored(model, tokenizer, tasks, config)
+    if "perplexity" in tasks:
+        result["perplexity"] = _perplexity(model, tokenizer, tasks["perplexity"], config)
+    if scored:
+        from minitune.evaluation.scores import report
+
+        del model  # two at once may not fit
+        compared = config.base is not None or config.adapter is not None
+        others = _scored(*_base(config).load(), tasks, config) if compared else {}
+        result |= {"base": _base(config).model} if compared else {}
+        result |= {name: report(found, others.get(name)) for name, found in scored.items()}
     return result | {"seconds": round(time.monotonic() - start, 2)}
+
+
+def read_tasks(config: EvaluateConfig) -> dict[str, Any]:
+    """Return the data of each kind of measurement that is asked for, by the option's name; errors as their readers."""
+    from minitune.evaluation.choices import read_choices
+    from minitune.evaluation.classification import read_labelled
+    from minitune.evaluation.references import read_references
+    from minitune.sources import resolve
+
+    tasks: dict[str, Any] = {}
+    if config.classify is not None:
+        tasks["classify"] = read_labelled(resolve(config.classify), config.labels.split(","))[: config.max_rows]
+    if config.references is not None:
+        task = read_references(resolve(config.references), config.metrics, config.answer_form)
+        tasks["references"] = replace(task, rows=task.rows[: config.max_rows])
+    if config.choices is not None:
+        tasks["choices"] = read_choices(resolve(config.choices))[: config.max_rows]
+    if config.perplexity is not None:
+        tasks["perplexity"] = read_text(resolve(config.perplexity))
+    return tasks
+
+
+def _base(config: EvaluateConfig) -> ModelOptions:
+    """Return the options of the model to compare with: as it is published, unless it is quantised by option."""
+    given = {name: getattr(config, name) for name in ("dtype", "quantize", "device", "backend")}
+    return ModelOptions(model=config.base or config.model, **given)
+
+
+def _scored(model: Any, tokenizer: Any, tasks: dict[str, Any], config: EvaluateConfig) -> dict[str, Any]:
+    """Return (counts of answers, metrics) of one model for the references and the choices, where asked for."""
+    from tqdm import tqdm
+
+    found = {}
+    if "references" in tasks:
+        from minitune.evaluation.references import ask, score_answers, score_likelihood, summary
+
+        task, counts, measured = tasks["references"], {"rows": len(tasks["references"].rows)}, {}
+        if task.asks:
+            with tqdm(total=len(task.rows), desc="answer", unit=" rows") as bar:
+                answers = ask(
+                    model, tokenizer, task.rows, max_new_tokens=config.max_new_tokens or 256,
+                    batch_size=config.batch_size or 32, on_batch=bar.update,
+                )  # fmt: skip
+            counts, measured = summary(answers), score_answers(task, answers)
+        likely = score_likelihood(model, tokenizer, task, batch_size=config.batch_size or 8)
+        found["references"] = counts, measured | likely
+    if "choices" in tasks:
+        from minitune.evaluation.choices import score_choices
+
+        rows = tasks["choices"]
+        with tqdm(total=sum(len(row.choices) for row in rows), desc="choose", unit=" choices") as bar:
+            scores = score_choices(model, tokenizer, rows, batch_size=config.batch_size or 8, on_batch=bar.update)
+        found["choices"] = {"rows": len(rows)}, scores
+    return found
 
 
 def _classify(model: Any, tokenizer: Any, rows: list, config: EvaluateConfig) -> dict[str, Any]:
@@ -130,13 +204,29 @@ def read_text(path: Any) -> str:
 def table(result: dict[str, Any]) -> str:
     """Return the results as lines for a reader."""
     lines = [f"model       {result['model']}" + (f" + {result['adapter']}" if result["adapter"] else "")]
+    if "base" in result:
+        lines.append(f"base        {result['base']}")
     if "classification" in result:
         lines += _classification_lines(result["classification"])
+    for kind in ("references", "choices"):
+        if kind in result:
+            lines += _scored_lines(kind, result[kind])
     if "perplexity" in result:
         found = result["perplexity"]
         note = f"{found['tokens']:,} tokens, window {found['window']}, stride {found['stride']}"
         lines.append(f"perplexity  {found['perplexity']:.3f}  (loss {found['loss']:.4f}; {note})")
     return "\n".join(lines)
+
+
+def _scored_lines(kind: str, found: dict[str, Any]) -> list[str]:
+    from minitune.evaluation.scores import score_lines
+
+    lines = []
+    for name, counts in (("base", found.get("base_answers")), ("tuned" * ("base" in found), found["answers"])):
+        if counts is not None:
+            shown = ", ".join(f"{key} {value:,}" for key, value in counts.items())
+            lines.append(" ".join(f"{kind:<12}{name} {shown}".split()))
+    return [*lines, *score_lines(found)]
 
 
 def _classification_lines(found: dict[str, Any]) -> list[str]:

@@ -69,7 +69,12 @@ def test_perplexity_equals_transformers(tiny, tmp_path, capsys):
         (("--classify", "x.jsonl", "--labels", "a"), "at least two different ones"),
         (("--perplexity", "x.txt", "--labels", "a,b"), "labels is set without classify"),
         (("--classify", "x.jsonl", "--labels", "a,b", "--window", "4"), "window is set without perplexity"),
-        (("--perplexity", "x.txt", "--batch_size", "4"), "batch_size is set without classify"),
+        (("--perplexity", "x.txt", "--batch_size", "4"), "batch_size is set without classify or references or choices"),
+        (("--perplexity", "x.txt", "--metrics", "bleu"), "metrics is set without references"),
+        (("--choices", "x.jsonl", "--answer_form", "json"), "answer_form is set without references"),
+        (("--choices", "x.jsonl", "--max_new_tokens", "9"), "max_new_tokens is set without classify or references"),
+        (("--classify", "x.jsonl", "--labels", "a,b", "--base", "m"), "base is set without references or choices"),
+        (("--references", "x.jsonl", "--metrics", "rogue"), "no metric 'rogue'; did you mean 'rouge'"),
         (("--classify", "x.jsonl", "--labels", "a,b", "--batch_size", "0"), "batch_size is 0"),
     ],
 )
@@ -109,3 +114,81 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_is_refused(tiny_folder, tm
 def test_a_window_of_nothing_is_not_the_default(tiny, tmp_path):
     with pytest.raises(ConfigError, match="window is 0; it must be at least 1"):
         run(tiny, "--perplexity", tmp_path / "a.txt", "--window", 0)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory) -> str:
+    """A LoRA that changes the model's answers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    settings = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    folder = tmp_path_factory.mktemp("adapter")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), settings).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    turns = [[("user", f"Say {n}."), ("assistant", "so " * n)] for n in range(1, 13)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in one]} for one in turns]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_answers_are_compared_with_references_for_base_and_tuned(tiny, adapter, questions, tmp_path, capsys):
+    output = tmp_path / "out.json"
+    run(tiny, "--adapter", adapter, "--references", questions, "--max_new_tokens", 8, "--output", output,
+        "--metrics", "exact_match,rouge,bleu,chrf,format,length,likelihood", "--answer_form", "json",
+        "--max_rows", 11)  # fmt: skip
+    result = json.loads(output.read_text())
+    found = result["references"]
+    assert result["base"] == tiny
+    assert (found["answers"]["rows"], found["base_answers"]["rows"]) == (11, 11)
+    assert found["scores"]["exact_match"]["value"] == found["base"]["exact_match"]["value"] == 0
+    assert found["scores"]["length"]["value"] <= 8
+    for name, compared in found["comparison"].items():
+        ours, theirs = found["scores"][name]["value"], found["base"][name]["value"]
+        assert compared["difference"] == pytest.approx(ours - theirs)
+        assert compared["test"] == ("McNemar's exact test" if name in ("exact_match", "format") else "paired bootstrap")
+    # The base's own numbers are those of a run without the adapter, to the bit: it is loaded anew.
+    run(tiny, "--references", questions, "--max_new_tokens", 8, "--output", output, "--max_rows", 11,
+        "--metrics", "exact_match,rouge,bleu,chrf,format,length,likelihood", "--answer_form", "json")  # fmt: skip
+    alone = json.loads(output.read_text())["references"]
+    assert alone["scores"] == found["base"] and "comparison" not in alone
+    assert found["scores"]["perplexity"] != found["base"]["perplexity"]
+    printed = capsys.readouterr().out
+    assert "references base rows 11, empty 0" in printed
+    assert "the tuned model does not win on " in printed
+
+
+def test_choices_are_compared_with_any_other_model(tiny, adapter, tmp_path, capsys):
+    path, output = tmp_path / "quiz.jsonl", tmp_path / "out.json"
+    rows = [{"prompt": f"{n}?", "choices": ["yes", "no", "a longer one"], "answer": n % 3} for n in range(12)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    run(tiny, "--adapter", adapter, "--choices", path, "--output", output)
+    found = json.loads(output.read_text())["choices"]
+    assert set(found["scores"]) == {"accuracy", "accuracy_norm", "accuracy_bytes", "calibration_error"}
+    run(tiny, "--choices", path, "--base", tiny, "--output", output)
+    same = json.loads(output.read_text())["choices"]
+    assert same["scores"] == same["base"] == found["base"]
+    assert {one["verdict"] for one in same["comparison"].values()} == {"undecided"}
+    assert "the tuned model does not win on any metric" in capsys.readouterr().out
+
+
+def test_answers_are_not_generated_where_only_references_are_read(tiny, questions, tmp_path, monkeypatch, capsys):
+    from minitune.evaluation import references
+
+    monkeypatch.setattr(references, "generate_texts", lambda *_, **__: pytest.fail("answers were generated"))
+    run(tiny, "--references", questions, "--metrics", "bits_per_byte")
+    assert "references rows 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["references", "choices"])
+def test_bad_rows_are_refused_before_the_model_is_loaded(tmp_path, kind):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    with pytest.raises(DataError, match="rows.jsonl:1: "):
+        evaluate.main(["--model", str(tmp_path / "nothing"), f"--{kind}", str(path)])

@@ -1,0 +1,177 @@
+"""Answers against references: every row is asked, and what the model writes is compared with the row's own answer.
+
+A row is any that trains; its last answer is the reference, and what precedes it is asked as training asks it. An empty
+answer is counted and scores nothing. One that was cut off at the limit is counted too: its words are compared as far
+as they go, but it matches no reference and has no form, since more would have followed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitune.data.examples import encode_record
+from minitune.data.formats import Record, read_records
+from minitune.decoding import Answer, Prompt, generate_texts
+from minitune.errors import ConfigError, DataError, nearest
+from minitune.evaluation.bleu import bleu_statistics
+from minitune.evaluation.bootstrap import Statistics, mean_of, ratio, ratio_of
+from minitune.evaluation.chrf import chrf_plus_plus_statistics, chrf_statistics
+from minitune.evaluation.compliance import answer_form
+from minitune.evaluation.likelihood import likelihoods
+from minitune.evaluation.rouge import KINDS, rouge
+from minitune.evaluation.scores import Measured, share
+from minitune.evaluation.text_metrics import distinct_n, exact_match, repetition
+from minitune.model.transformer import Transformer
+from minitune.text.tokenizer import Tokenizer
+
+GROUPS = {"rouge": KINDS, "likelihood": ("token_accuracy", "perplexity", "bits_per_byte")}
+METRICS = ("exact_match", *KINDS, "bleu", "chrf", "chrf++", "format", "length", "repetition", *GROUPS["likelihood"])
+DEFAULT = "exact_match,rouge,bleu,chrf,length,repetition"
+
+
+@dataclass(frozen=True)
+class References:
+    """What to measure: the rows, the names of the metrics, and the form that "format" asks of an answer."""
+
+    rows: tuple[Record, ...]
+    metrics: tuple[str, ...]
+    form: Callable[[str], bool] | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether a metric needs answers, or all read the references alone."""
+        return not {*self.metrics} <= {*GROUPS["likelihood"]}
+
+
+def metric_names(text: str) -> tuple[str, ...]:
+    """Return the metrics that a list such as rouge,bleu names, groups written out, each once.
+
+    Raises ConfigError for an unknown name or none.
+    """
+    found: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        if name not in METRICS and name not in GROUPS:
+            known = [*METRICS, *GROUPS]
+            raise ConfigError(f"there is no metric '{name}'{nearest(name, known)}; known: {', '.join(known)}")
+        found += GROUPS.get(name, (name,))
+    return tuple(dict.fromkeys(found))
+
+
+def read_references(path: str | Path, metrics: str | None = None, form: str | None = None) -> References:
+    """Return what to measure of a data file.
+
+    Args:
+        path: rows in any format that trains but text.
+        metrics: their names, as rouge,bleu; None takes `DEFAULT`, and "format" where there is a form.
+        form: see `compliance.answer_form`; it belongs to the metric "format".
+
+    Raises:
+        DataError: a row is malformed or has no reference, with file:line and the number of others. ConfigError: an
+        unknown metric, or "format" without a form, or a form without it.
+    """
+    names = metric_names(DEFAULT + ",format" * (form is not None) if metrics is None else metrics)
+    if ("format" in names) != (form is not None):
+        raise ConfigError("the metric format and the option answer_form belong together; give both or neither")
+    complies = answer_form(form) if form else None
+    rows = read_records(path)
+    if rows[0].text is not None:
+        raise DataError(f"{rows[0].origin}: a text without question and answer; references need both")
+    return References(tuple(rows), names, complies)
+
+
+def reference_of(record: Record) -> str:
+    """Return the answer that a row gives, without what Alpaca's prompt text puts around it."""
+    return record.completion if record.messages is None else record.messages[-1]["content"]
+
+
+def prompt_of(record: Record, tokenizer: Tokenizer) -> tuple[Prompt, bool]:
+    """Return what precedes a row's last answer and whether it is continued as plain text, as training has it."""
+    if record.messages is not None and (tokenizer.chat_template is not None or record.prompt is None):
+        return record.messages[:-1], False
+    return record.prompt, True
+
+
+def ask(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Sequence[Record],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Return the greedy answer to every row's question; arguments and errors as in `generate_texts`."""
+    prompts = [prompt_of(record, tokenizer) for record in rows]
+    return generate_texts(
+        model, tokenizer, [prompt for prompt, _ in prompts], raw=prompts[0][1],
+        max_new_tokens=max_new_tokens, batch_size=batch_size, on_batch=on_batch,
+    )  # fmt: skip
+
+
+def summary(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return counts of a model's answers: rows, empty and cut off ones, and the variety of all (no interval)."""
+    texts = [answer.text for answer in answers]
+    return {
+        "rows": len(texts),
+        "empty": sum(not text.strip() for text in texts),
+        "cut_off": sum(not answer.finished for answer in answers),
+        "distinct_1": round(distinct_n(texts, 1), 4),
+        "distinct_2": round(distinct_n(texts, 2), 4),
+    }
+
+
+def score_answers(task: References, answers: Sequence[Answer]) -> dict[str, Measured]:
+    """Return the metrics that need answers, by name; a pure function of texts."""
+    texts, references = [answer.text.strip() for answer in answers], [[reference_of(row)] for row in task.rows]
+    overlaps = [rouge(*pair) for pair in zip(texts, references, strict=True)] if set(KINDS) & {*task.metrics} else []
+
+    def ended(test: Callable[[int], bool]) -> Measured:
+        return share([answer.finished and test(row) for row, answer in enumerate(answers)])
+
+    makers: dict[str, Callable[[], Measured]] = {
+        "exact_match": lambda: ended(lambda row: exact_match(texts[row], references[row])),
+        "format": lambda: ended(lambda row: task.form(texts[row])),
+        "bleu": lambda: Measured(bleu_statistics(texts, references)),
+        "chrf": lambda: Measured(chrf_statistics(texts, references)),
+        "chrf++": lambda: Measured(chrf_plus_plus_statistics(texts, references)),
+        "length": lambda: Measured(mean_of([answer.tokens for answer in answers]), better=None),
+        "repetition": lambda: Measured(mean_of([repetition(text) for text in texts]), better="lower"),
+    } | {kind: lambda kind=kind: Measured(mean_of([found[kind].f for found in overlaps])) for kind in KINDS}
+    return {name: makers[name]() for name in task.metrics if name in makers}
+
+
+def score_likelihood(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    task: References,
+    *,
+    batch_size: int = 8,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Measured]:
+    """Return the metrics that read the references themselves, by name; nothing is read where none is asked for.
+
+    Token accuracy and perplexity count a reference's tokens with the one that ends it; bits per byte divides the same
+    loss by the bytes of its text, so that models with other tokenizers compare:
+
+        perplexity = exp(loss / tokens),   bits per byte = loss / (ln 2 bytes)
+
+    Errors as in `encode_record` and `likelihoods`.
+    """
+    names = [name for name in task.metrics if name in GROUPS["likelihood"]]
+    if not names:
+        return {}
+    examples = [encode_record(record, tokenizer, "last") for record in task.rows]
+    found = likelihoods(model, examples, batch_size=batch_size, on_batch=on_batch)
+    losses, tokens = [-one.log_probability for one in found], [one.tokens for one in found]
+    per_token, bits = ratio_of(losses, tokens), [loss / math.log(2) for loss in losses]
+    sizes = [len(reference_of(record).encode()) for record in task.rows]
+    made = {
+        "token_accuracy": Measured(ratio_of([one.right for one in found], tokens)),
+        "perplexity": Measured(Statistics(per_token.rows, lambda sums: torch.exp(ratio(sums))), better="lower"),
+        "bits_per_byte": Measured(ratio_of(bits, sizes), better="lower"),
+    }
+    return {name: made[name] for name in names}

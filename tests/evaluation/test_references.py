@@ -1,0 +1,190 @@
+"""Answers against references: what is asked, what counts, and ten kinds of input that must not score as if right."""
+
+import json
+import math
+
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
+
+from minitune.checkpoint.load import load_model, load_tokenizer
+from minitune.data.examples import encode_record
+from minitune.decoding import Answer
+from minitune.errors import ConfigError, DataError
+from minitune.evaluation.references import (
+    METRICS,
+    metric_names,
+    prompt_of,
+    read_references,
+    reference_of,
+    score_answers,
+    score_likelihood,
+    summary,
+)
+from minitune.evaluation.scores import numbers, report, score_lines, share
+
+ROWS = [("Say A.", "the cat sat on the mat"), ("Say B.", "a dog"), ("Say C.", '{"a": 1}'), ("Say D.", "yes")]
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def rows(file):
+    return file([{"prompt": prompt, "completion": answer} for prompt, answer in ROWS])
+
+
+def answers(*texts: str, finished: bool = True) -> list[Answer]:
+    return [Answer(text, len(text.split()), finished) for text in texts]
+
+
+def test_every_metric_of_answers_is_that_of_the_fields_tools(rows):
+    texts = ["the cat sat on a mat", " a dog\n", "{'a': 1}", ""]
+    task = read_references(rows, "exact_match,rouge,bleu,chrf,chrf++,length,repetition,format", "json")
+    found = score_answers(task, answers(*texts))
+    assert {*found} == {*METRICS} - {"token_accuracy", "perplexity", "bits_per_byte"}
+    assert found["exact_match"].right == (False, True, False, False)
+    assert found["format"].right == (False, False, False, False)
+    scorer, references = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"]), [answer for _, answer in ROWS]
+    for kind in scorer.rouge_types:
+        peers = [scorer.score(right, text)[kind].fmeasure for right, text in zip(references, texts, strict=True)]
+        assert found[kind].statistics.value == pytest.approx(sum(peers) / 4)
+    stripped = [text.strip() for text in texts]
+    for name, peer in (("bleu", BLEU()), ("chrf", CHRF()), ("chrf++", CHRF(word_order=2))):
+        assert found[name].statistics.value == pytest.approx(peer.corpus_score(stripped, [references]).score)
+    assert found["length"].statistics.value == pytest.approx((6 + 2 + 2 + 0) / 4)
+
+
+def test_an_answer_that_was_cut_off_or_is_empty_is_counted_and_never_right(rows):
+    task = read_references(rows, "exact_match,format,rouge1", "regex:.*")
+    right = [answer for _, answer in ROWS]
+    assert score_answers(task, answers(*right))["exact_match"].right == (True,) * 4
+    cut = score_answers(task, answers(*right, finished=False))
+    assert cut["exact_match"].right == cut["format"].right == (False,) * 4
+    assert cut["rouge1"].statistics.value == 1  # its words are compared as far as they go
+    empty = answers("", " ", "\n", "")
+    assert score_answers(task, empty)["exact_match"].right == (False,) * 4
+    assert score_answers(task, empty)["rouge1"].statistics.value == 0
+    counts = summary([*empty, *answers("a a", "a b", finished=False)])
+    assert counts == {"rows": 6, "empty": 4, "cut_off": 2, "distinct_1": 0.5, "distinct_2": 1.0}
+
+
+def test_rows_are_asked_as_training_asks_them(rows, file, roomy):
+    tokenizer = load_tokenizer(roomy)
+    (first, *_) = read_references(rows).rows
+    assert (prompt_of(first, tokenizer), reference_of(first)) == (("Say A.", True), ROWS[0][1])
+    alpaca = {"instruction": "Add.", "input": "1 1", "output": "2"}
+    (row,) = read_references(file([alpaca])).rows
+    assert prompt_of(row, tokenizer) == (({"role": "user", "content": "Add.\n1 1"},), False)
+    tokenizer.chat_template = None
+    prompt, raw = prompt_of(row, tokenizer)
+    assert raw and prompt.startswith("Below is an instruction") and reference_of(row) == "2"
+    turns = [{"role": role, "content": text} for role, text in (("system", "Be brief."), ("user", "?"),
+             ("assistant", "!"), ("user", "Why?"), ("assistant", "So."))]  # fmt: skip
+    (row,) = read_references(file([{"messages": turns}])).rows
+    assert (prompt_of(row, load_tokenizer(roomy)), reference_of(row)) == ((tuple(turns[:-1]), False), "So.")
+
+
+def test_likelihoods_of_references_equal_transformers(file, roomy, peer):
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in [*ROWS, ("E", "ümlaut")]]
+    task = read_references(file([{"messages": one} for one in turns]), "likelihood")
+    model, tokenizer = load_model(roomy, dtype=torch.float32), load_tokenizer(roomy)
+    found = score_likelihood(model, tokenizer, task, batch_size=2)
+    loss = tokens = right = 0
+    for record in task.rows:
+        example = encode_record(record, tokenizer)
+        ids = torch.tensor([example.ids])
+        labels = ids.masked_fill(~torch.tensor([example.targets]), -100)
+        with torch.no_grad():
+            output = peer[0](ids, labels=labels)
+        count = sum(example.targets)
+        loss, tokens = loss + output.loss.item() * count, tokens + count
+        right += int((output.logits[0, :-1].argmax(-1) == labels[0, 1:]).sum())
+    size = sum(len(turn[1]["content"].encode()) for turn in turns)
+    assert tokens == size + 5  # a token is a byte, and each answer has a token that ends it
+    assert found["perplexity"].statistics.value == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+    assert found["bits_per_byte"].statistics.value == pytest.approx(loss / math.log(2) / size, rel=1e-5)
+    assert found["token_accuracy"].statistics.value == pytest.approx(right / tokens)
+    low, high = numbers(found)["perplexity"]["interval"]
+    assert low < found["perplexity"].statistics.value < high
+
+
+@pytest.mark.parametrize(
+    "bad, line",
+    [
+        ('{"prompt": "a", "completion":', "rows.jsonl:2: broken JSON"),
+        ('["a", "b"]', "rows.jsonl:2: a row that is a list"),
+        ({"prompt": "a"}, "rows.jsonl:2: the field 'completion' is missing"),
+        ({"prompt": "a", "completion": ""}, "rows.jsonl:2: a row without an answer"),
+        ({"prompt": "a", "completion": " \n"}, "rows.jsonl:2: a row without an answer"),
+        ({"prompt": "a", "completion": None}, "rows.jsonl:2: the field 'completion' is null"),
+        ({"prompt": "a", "completion": 4}, "rows.jsonl:2: the field 'completion' is an int"),
+        ({"prompt": "", "completion": "b"}, "rows.jsonl:2: a row without a question"),
+        ({"prompt": "a", "completion": "b\0"}, "rows.jsonl:2: the field 'completion' holds a NUL"),
+        ({"prompt": "a", "completions": "b"}, "rows.jsonl:2: .*completion"),
+    ],
+)
+def test_a_bad_row_is_named_and_the_others_counted(file, bad, line):
+    good = {"prompt": "a", "completion": "b"}
+    with pytest.raises(DataError, match=line + ".*1 more such row"):
+        read_references(file([good, bad, bad, good]))
+
+
+def test_rows_that_cannot_be_compared_at_all_are_refused(file):
+    with pytest.raises(DataError, match="rows.jsonl:1: a text without question and answer"):
+        read_references(file([{"text": "just text"}]))
+    with pytest.raises(DataError, match="rows.jsonl:1: a row without an answer"):
+        read_references(file([{"messages": [{"role": "user", "content": "?"}]}]))
+    with pytest.raises(DataError, match="the file is empty"):
+        read_references(file([]))
+    with pytest.raises(DataError, match="fit no format"):
+        read_references(file([{"prompt": "a", "reference": "b"}]))
+
+
+@pytest.mark.parametrize(
+    "metrics, form, line",
+    [
+        ("rogue", None, "no metric 'rogue'; did you mean 'rouge'"),
+        ("bleu,", None, "no metric ''"),
+        ("exact-match", None, "did you mean 'exact_match'"),
+        ("format", None, "format and the option answer_form belong together"),
+        ("bleu", "json", "format and the option answer_form belong together"),
+        (None, "yaml", "answer_form is 'yaml'"),
+    ],
+)
+def test_metrics_that_are_none_are_named(rows, metrics, form, line):
+    with pytest.raises(ConfigError, match=line):
+        read_references(rows, metrics, form)
+
+
+def test_groups_are_written_out_and_nothing_counts_twice():
+    assert metric_names("rouge1, rouge ,bleu,rouge") == ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu")
+
+
+def test_the_report_names_the_test_and_says_where_the_tuned_model_does_not_win():
+    more, less = share([True] * 18 + [False] * 2), share([False] * 15 + [True] * 5)
+    tuned = {"exact_match": more, "format": less, "other": more}
+    base = {"exact_match": less, "format": more, "other": more}
+    found = report(({"rows": 20}, tuned), ({"rows": 20}, base))
+    assert json.loads(json.dumps(found))["comparison"]["format"]["verdict"] == "loses"
+    text = "\n".join(score_lines(found))
+    assert "wins  (McNemar's exact test, p = " in text
+    assert "the tuned model is WORSE than the base on format" in text
+    assert "the tuned model does not win on other" in text
+    assert "the tuned model wins on exact_match" in text
+    beaten = "\n".join(score_lines(report(({}, base | {"exact_match": less}), ({}, base | {"exact_match": less}))))
+    assert "the tuned model does not win on any metric" in beaten
+    assert score_lines(report(({}, {"exact_match": more}))) == ["exact_match   0.9 (0.699 to 0.9721)"]
+
+
+def test_a_share_of_nothing_right_is_not_certain():
+    found = numbers({"exact_match": share([False] * 20)})["exact_match"]
+    assert found["interval"] == pytest.approx([0, 0.1611], abs=5e-5)  # Newcombe 1998: 0 of 20
