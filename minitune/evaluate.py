@@ -214,7 +214,11 @@ def table(result: dict[str, Any]) -> str:
     if "perplexity" in result:
         found = result["perplexity"]
         note = f"{found['tokens']:,} tokens, window {found['window']}, stride {found['stride']}"
-        lines.append(f"perplexity  {found['perplexity']:.3f}  (loss {found['loss']:.4f}; {note})")
+        low, high = found["interval"] or (None, None)
+        within = "" if low is None else f"; 95% interval {low:.3f} to {high:.3f}"
+        lines.append(f"perplexity  {found['perplexity']:.3f}  (loss {found['loss']:.4f}; {note}{within})")
+        if found["bits_per_byte"] is not None:
+            lines.append(f"bits/byte   {found['bits_per_byte']:.4f}")
     return "\n".join(lines)
 
 
@@ -236,7 +240,8 @@ def _classification_lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"rows        {found['rows']}",
         f"accuracy    {found['accuracy']:.1%}  (95% interval {low:.1%} to {high:.1%})",
-        f"macro-F1    {found['macro_f1']:.3f}",
+        _f1_line(found, "macro"),
+        _f1_line(found, "micro"),
         f"compliance  {found['format_compliance']:.1%}  (answers that are exactly a label)",
         f"{'right / answered':<18}{heads}",
     ]
@@ -245,6 +250,11 @@ def _classification_lines(found: dict[str, Any]) -> list[str]:
     if found["other_answers"]:
         lines.append("other answers: " + ", ".join(f"{text[:40]!r} x{count}" for text, count in found["other_answers"]))
     return lines
+
+
+def _f1_line(found: dict[str, Any], average: str) -> str:
+    low, high = found[f"{average}_f1_interval"]
+    return f"{average}-F1    {found[f'{average}_f1']:.3f}  (95% interval {low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

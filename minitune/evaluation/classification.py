@@ -16,7 +16,16 @@ from pathlib import Path
 from minitune.data.formats import Record, read_records
 from minitune.decoding import Prompt, generate_texts
 from minitune.errors import ConfigError, DataError, nearest
-from minitune.evaluation.metrics import OTHER, accuracy, confusion_matrix, macro_f1, wilson_interval
+from minitune.evaluation.bootstrap import interval
+from minitune.evaluation.metrics import (
+    OTHER,
+    accuracy,
+    confusion_matrix,
+    f1_statistics,
+    macro_f1,
+    micro_f1,
+    wilson_interval,
+)
 from minitune.model.transformer import Transformer
 from minitune.text.tokenizer import Tokenizer
 
@@ -39,14 +48,17 @@ class Classification:
 
     `confusion` has a row per right label and a column per answered label, the last column for any other
     answer, read without case and punctuation; `format_compliance` is the share of answers that are exactly a
-    label but for white space around them; `accuracy_interval` is
-    Wilson's 95% interval; `other_answers` are the most frequent answers that are not exactly a label, with counts.
+    label but for white space around them; `accuracy_interval` is Wilson's 95% interval, those of F1 are by bootstrap
+    over rows; `other_answers` are the most frequent answers that are not exactly a label, with counts.
     """
 
     rows: int
     accuracy: float
     accuracy_interval: tuple[float, float]
     macro_f1: float
+    macro_f1_interval: tuple[float, float]
+    micro_f1: float
+    micro_f1_interval: tuple[float, float]
     format_compliance: float
     labels: tuple[str, ...]
     confusion: list[list[int]]
@@ -129,7 +141,9 @@ def classify(
 
 def summarize(expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> Classification:
     """Count answers against the right labels and return every metric; a pure function."""
-    confusion = confusion_matrix(expected, [_read(answer, labels) for answer in predicted], labels)
+    meant = [_read(answer, labels) for answer in predicted]
+    confusion = confusion_matrix(expected, meant, labels)
+    f1 = {average: interval(found) for average, found in f1_statistics(expected, meant, labels).items()}
     rows, right = len(expected), sum(row[i] for i, row in enumerate(confusion))
     others = Counter(answer for answer in predicted if answer not in labels)
     exact = rows - others.total()
@@ -138,6 +152,9 @@ def summarize(expected: Sequence[str], predicted: Sequence[str], labels: Sequenc
         accuracy=accuracy(confusion),
         accuracy_interval=wilson_interval(right, rows),
         macro_f1=macro_f1(confusion),
+        macro_f1_interval=f1["macro"],
+        micro_f1=micro_f1(confusion),
+        micro_f1_interval=f1["micro"],
         format_compliance=exact / rows,
         labels=tuple(labels),
         confusion=confusion,

@@ -10,6 +10,10 @@ which stays inside [0, 1] and is right near 0 and 1, where p +- z sqrt(p (1 - p)
 from collections.abc import Sequence
 from statistics import NormalDist
 
+import torch
+
+from minitune.evaluation.bootstrap import Statistics
+
 OTHER = "other"
 
 
@@ -52,3 +56,35 @@ def macro_f1(confusion: Sequence[Sequence[int]]) -> float:
         expected, answered = sum(row), sum(other[i] for other in confusion)
         scores.append(2 * row[i] / (expected + answered) if expected + answered else 0.0)
     return sum(scores) / len(scores)
+
+
+def micro_f1(confusion: Sequence[Sequence[int]]) -> float:
+    """Return F1 = 2 TP / (2 TP + FP + FN) of counts summed over labels; an answer that is no label is no FP."""
+    right, rows = sum(row[i] for i, row in enumerate(confusion)), sum(map(sum, confusion))
+    answered = rows - sum(row[-1] for row in confusion)
+    return 2 * right / (rows + answered)
+
+
+def f1_statistics(expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> dict[str, Statistics]:
+    """Return {"macro", "micro"}: F1 as above from (TP, expected, answered) of each label, for resampling rows."""
+    place = {label: i for i, label in enumerate(labels)}
+    rows = torch.zeros(len(expected), len(labels), 3, dtype=torch.float64)
+    for row, (right, answer) in enumerate(zip(expected, predicted, strict=True)):
+        rows[row, place[right], 1] = 1
+        if answer in place:
+            rows[row, place[answer], 2] = 1
+            rows[row, place[answer], 0] = answer == right
+
+    def macro(sums: torch.Tensor) -> torch.Tensor:
+        return _f1(sums.unflatten(-1, (-1, 3))).mean(-1)
+
+    def micro(sums: torch.Tensor) -> torch.Tensor:
+        return _f1(sums.unflatten(-1, (-1, 3)).sum(-2))
+
+    return {"macro": Statistics(rows.flatten(1), macro), "micro": Statistics(rows.flatten(1), micro)}
+
+
+def _f1(counts: torch.Tensor) -> torch.Tensor:
+    """Map (..., [TP, expected, answered]) to F1 (...); 0 where a label was neither expected nor answered."""
+    right, expected, answered = counts.unbind(-1)
+    return 2 * right / (expected + answered).clamp(min=1)

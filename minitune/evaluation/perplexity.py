@@ -3,16 +3,25 @@
 The text is read in windows of `window` tokens that start every `stride` tokens. Each token is predicted once, in
 the first window that reaches it, and the mean is over tokens, never over windows. With stride = window every
 token sees on average half a window of context; a smaller stride gives more and costs window / stride times
-the work. Losses come from the hidden states of scored positions, chunk by chunk: the logits never exist whole.
+the work. Bits per byte is the same loss over the UTF-8 bytes that the scored tokens stand for,
+
+    sum_i -log2 p(t_i) / bytes,
+
+which does not depend on how a tokenizer cuts a text, so that models with different ones compare (Gao et al. 2020).
+
+The interval resamples windows, not tokens: tokens of one window share its subject. Losses come from the hidden states
+of scored positions, chunk by chunk: the logits never exist whole.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from minitune.errors import ConfigError, DataError, counted
+from minitune.evaluation.bootstrap import interval, ratio_of
+from minitune.evaluation.comparison import FEWEST
 from minitune.model.transformer import Transformer
 from minitune.ops.cross_entropy import linear_cross_entropy
 from minitune.text.tokenizer import Tokenizer
@@ -20,13 +29,19 @@ from minitune.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`loss` in nats per token over `tokens` scored tokens, `perplexity` = exp(loss)."""
+    """`loss` in nats per token over `tokens` scored tokens, `perplexity` = exp(loss).
+
+    `interval` is perplexity's 95% bootstrap interval over windows, None where there are too few to say;
+    `bits_per_byte` is None where ids were scored whose text is not known.
+    """
 
     perplexity: float
     loss: float
     tokens: int
     window: int
     stride: int
+    interval: tuple[float, float] | None = None
+    bits_per_byte: float | None = None
 
 
 def perplexity(
@@ -55,10 +70,13 @@ def perplexity(
     Raises:
         ConfigError: window, stride or batch_size is out of range. DataError: the text has under two tokens.
     """
-    return score_ids(
-        model, tokenizer.encode(text)[:max_tokens],
-        window=window, stride=stride, batch_size=batch_size, on_batch=on_batch,
-    )  # fmt: skip
+    whole = tokenizer.encode(text)
+    ids = whole[:max_tokens]
+    found = score_ids(model, ids, window=window, stride=stride, batch_size=batch_size, on_batch=on_batch)
+    read = text if len(ids) == len(whole) else tokenizer.decode(ids)
+    # The first token is not scored. Where it, or the cut, ends inside a character, this is at most 3 bytes off.
+    size = len(read.encode()) - len(tokenizer.decode(ids[:1]).encode())
+    return replace(found, bits_per_byte=found.loss * found.tokens / (math.log(2) * size) if size > 0 else None)
 
 
 @torch.inference_mode()
@@ -81,19 +99,26 @@ def score_ids(
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
     if len(ids) < 2:
         raise DataError(f"the text has {counted(len(ids), 'token')}; perplexity needs at least 2")
-    total, count = 0.0, 0
+    losses: list[float] = []
+    tokens: list[int] = []
     was_training = model.training
     model.eval()
     try:
         for batch in _batches(plan_windows(len(ids), window, stride), batch_size):
-            scored, tokens = _score(model, ids, batch)
-            total, count = total + scored, count + tokens
+            scored = _score(model, ids, batch)
+            losses += [loss for loss, _ in scored]
+            tokens += [count for _, count in scored]
             if on_batch:
-                on_batch(tokens)
+                on_batch(sum(count for _, count in scored))
     finally:
         model.train(was_training)
-    loss = total / count
-    return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, count, window, stride)
+    loss = sum(losses) / sum(tokens)
+    edges = interval(ratio_of(losses, tokens)) if len(losses) >= FEWEST else None
+    return Perplexity(_exp(loss), loss, sum(tokens), window, stride, edges and (_exp(edges[0]), _exp(edges[1])))
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def plan_windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
@@ -119,8 +144,8 @@ def _batches(windows: list[tuple[int, int, int]], size: int) -> list[list[tuple[
     return [full[i : i + size] for i in range(0, len(full), size)] + short
 
 
-def _score(model: Transformer, ids: list[int], batch: list[tuple[int, int, int]]) -> tuple[float, int]:
-    """Return the summed loss in nats and the number of scored tokens of one batch of equally long windows."""
+def _score(model: Transformer, ids: list[int], batch: list[tuple[int, int, int]]) -> list[tuple[float, int]]:
+    """Return the summed loss in nats and the number of scored tokens of each of a batch of equally long windows."""
     device = model.head_weight.device
     inputs = torch.tensor([ids[start:end] for start, end, _ in batch], device=device)  # (B, T)
     targets = torch.tensor([ids[start + 1 : end + 1] for start, end, _ in batch], device=device)
@@ -129,4 +154,5 @@ def _score(model: Transformer, ids: list[int], batch: list[tuple[int, int, int]]
     losses = linear_cross_entropy(
         model.hidden(inputs)[scored], model.head_weight, targets[scored], softcap=model.config.logits_softcap
     )
-    return losses.double().sum().item(), len(losses)
+    counts = scored.sum(-1).tolist()
+    return [(part.sum().item(), len(part)) for part in losses.double().split(counts)]

@@ -7,7 +7,7 @@ from sklearn import metrics as judge
 
 from minitune.errors import ConfigError, DataError
 from minitune.evaluation.classification import check_labels, read_labelled, summarize
-from minitune.evaluation.metrics import accuracy, confusion_matrix, macro_f1, wilson_interval
+from minitune.evaluation.metrics import accuracy, confusion_matrix, f1_statistics, macro_f1, wilson_interval
 
 LABELS = ("negative", "neutral", "positive")
 
@@ -26,11 +26,30 @@ def test_scores_equal_scikit_learn(seed):
     assert result.accuracy == pytest.approx(judge.accuracy_score(expected, predicted), abs=1e-12)
     f1 = judge.f1_score(expected, predicted, labels=list(LABELS), average="macro", zero_division=0)
     assert result.macro_f1 == pytest.approx(f1, abs=1e-12)
+    micro = judge.f1_score(expected, predicted, labels=list(LABELS), average="micro", zero_division=0)
+    assert result.micro_f1 == pytest.approx(micro, abs=1e-12)
+    for average, found in f1_statistics(expected, predicted, LABELS).items():
+        assert found.value == pytest.approx({"macro": f1, "micro": micro}[average], abs=1e-12)
     named = [answer if answer in LABELS else "other" for answer in predicted]
     matrix = judge.confusion_matrix(expected, named, labels=[*LABELS, "other"])
     assert result.confusion == matrix[:3].tolist()
     assert result.format_compliance == pytest.approx(sum(n != "other" for n in named) / 200)
     assert sum(count for _, count in result.other_answers) == named.count("other")
+
+
+def test_f1_is_resampled_by_rows():
+    expected, predicted = answers(7)
+    result = summarize(expected, predicted, LABELS)
+    draw, scores = random.Random(0), {"macro": [], "micro": []}
+    for _ in range(200):
+        rows = draw.choices(range(200), k=200)
+        pair = [expected[i] for i in rows], [predicted[i] for i in rows]
+        for average, found in scores.items():
+            found.append(judge.f1_score(*pair, labels=list(LABELS), average=average, zero_division=0))
+    for average, found in scores.items():
+        found.sort()
+        bounds = getattr(result, f"{average}_f1_interval")
+        assert bounds == pytest.approx((found[5], found[194]), abs=0.02)
 
 
 def test_a_label_that_never_occurs_scores_zero():

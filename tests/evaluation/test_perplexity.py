@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minitune.checkpoint.load import load_model, load_tokenizer
 from minitune.errors import ConfigError, DataError
-from minitune.evaluation.perplexity import plan_windows, score_ids
+from minitune.evaluation.bootstrap import interval, ratio_of
+from minitune.evaluation.perplexity import perplexity, plan_windows, score_ids
 from minitune.model.config import ModelConfig
 from minitune.model.transformer import Transformer
 
@@ -48,6 +50,33 @@ def test_loss_equals_transformers_on_the_same_windows(twins, window, stride, bat
     assert result.tokens == count == len(IDS) - 1
     assert result.loss == pytest.approx(total / count, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_the_interval_is_of_windows(twins):
+    model, peer = twins
+    ids = IDS[:1] + IDS[1:] * 2
+    found = score_ids(model, ids, window=16, batch_size=3)
+    losses = []
+    for start in range(0, len(ids) - 1, 16):
+        part = torch.tensor([ids[start : start + 17]])
+        with torch.no_grad():
+            losses.append((peer(part, labels=part).loss.item() * (part.shape[1] - 1), part.shape[1] - 1))
+    expected = interval(ratio_of(*zip(*losses, strict=True)))
+    assert found.interval == pytest.approx(tuple(map(math.exp, expected)), rel=1e-4)
+    assert found.interval[0] < found.perplexity < found.interval[1]
+    assert score_ids(model, IDS, window=16).interval is None  # 7 windows say little
+
+
+def test_bits_per_byte_divide_by_what_was_scored(roomy):
+    model, tokenizer = load_model(roomy, dtype=torch.float32), load_tokenizer(roomy)
+    text = "Grüße an alle, " * 20
+    found = perplexity(model, tokenizer, text, window=64)
+    size = len(text.encode()) - 1  # the first token is the byte G, and nothing precedes it
+    assert found.tokens == size  # a token is a byte here, so that bits per byte are bits per token
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))
+    cut = perplexity(model, tokenizer, text, window=64, max_tokens=100)
+    assert (cut.tokens, cut.bits_per_byte) == (99, pytest.approx(cut.loss / math.log(2)))
+    assert score_ids(model, IDS, window=16).bits_per_byte is None
 
 
 @pytest.mark.parametrize("length, window, stride", [(2, 8, 8), (9, 8, 8), (10, 8, 3), (100, 10, 7), (17, 16, 1)])
