@@ -26,9 +26,13 @@ class EvaluateConfig(ModelOptions):
     """Rows whose last answer is what to write: .jsonl, .json or .csv in any format that trains but text."""
     metrics: str | None = None
     """With references: rouge,bleu,... (default exact_match,rouge,bleu,chrf,length,repetition; also rouge1, chrf++,
-    format, token_accuracy, perplexity, bits_per_byte, likelihood for these three)."""
+    format, pass@1, pass@5, ..., token_accuracy, perplexity, bits_per_byte, likelihood for these three)."""
     answer_form: str | None = None
     """With references: what the metric format asks for: regex:PATTERN, choices:a,b, json, or json:SCHEMA.json."""
+    samples: int | None = None
+    """With references: answers to each row for pass@k (default 10)."""
+    temperature: float | None = None
+    """With references: at which these are drawn (default 0.8)."""
     choices: str | None = None
     """Rows {"prompt", "choices": [...], "answer"} to choose from by likelihood."""
     base: str | None = None
@@ -61,13 +65,14 @@ class EvaluateConfig(ModelOptions):
             )
         if self.classify is not None and self.labels is None:
             raise ConfigError("labels are missing; name them, as in --labels positive,negative")
-        belongs = {"labels": kinds[:1], "metrics": kinds[1:2], "answer_form": kinds[1:2], "base": kinds[1:3],
+        belongs = {"labels": kinds[:1], "metrics": kinds[1:2], "answer_form": kinds[1:2],
+                   "samples": kinds[1:2], "temperature": kinds[1:2], "base": kinds[1:3],
                    "max_rows": kinds[:3], "max_new_tokens": kinds[:2], "batch_size": kinds[:3],
                    "window": kinds[3:], "stride": kinds[3:], "max_tokens": kinds[3:]}  # fmt: skip
         for name, needed in belongs.items():
             if getattr(self, name) is not None and all(getattr(self, kind) is None for kind in needed):
                 raise ConfigError(f"{name} is set without {' or '.join(needed)}, which it belongs to; leave it out")
-        counts = ("max_rows", "max_new_tokens", "max_tokens", "batch_size", "window", "stride")
+        counts = ("samples", "max_rows", "max_new_tokens", "max_tokens", "batch_size", "window", "stride")
         check_counts(**{name: getattr(self, name) for name in counts})
 
 
@@ -119,7 +124,9 @@ def read_tasks(config: EvaluateConfig) -> dict[str, Any]:
     if config.classify is not None:
         tasks["classify"] = read_labelled(resolve(config.classify), config.labels.split(","))[: config.max_rows]
     if config.references is not None:
-        task = read_references(resolve(config.references), config.metrics, config.answer_form)
+        task = read_references(
+            resolve(config.references), config.metrics, config.answer_form, config.samples, config.temperature
+        )
         tasks["references"] = replace(task, rows=task.rows[: config.max_rows])
     if config.choices is not None:
         tasks["choices"] = read_choices(resolve(config.choices))[: config.max_rows]
@@ -140,18 +147,7 @@ def _scored(model: Any, tokenizer: Any, tasks: dict[str, Any], config: EvaluateC
 
     found = {}
     if "references" in tasks:
-        from minitune.evaluation.references import ask, score_answers, score_likelihood, summary
-
-        task, counts, measured = tasks["references"], {"rows": len(tasks["references"].rows)}, {}
-        if task.asks:
-            with tqdm(total=len(task.rows), desc="answer", unit=" rows") as bar:
-                answers = ask(
-                    model, tokenizer, task.rows, max_new_tokens=config.max_new_tokens or 256,
-                    batch_size=config.batch_size or 32, on_batch=bar.update,
-                )  # fmt: skip
-            counts, measured = summary(answers), score_answers(task, answers)
-        likely = score_likelihood(model, tokenizer, task, batch_size=config.batch_size or 8)
-        found["references"] = counts, measured | likely
+        found["references"] = _references(model, tokenizer, tasks["references"], config)
     if "choices" in tasks:
         from minitune.evaluation.choices import score_choices
 
@@ -160,6 +156,24 @@ def _scored(model: Any, tokenizer: Any, tasks: dict[str, Any], config: EvaluateC
             scores = score_choices(model, tokenizer, rows, batch_size=config.batch_size or 8, on_batch=bar.update)
         found["choices"] = {"rows": len(rows)}, scores
     return found
+
+
+def _references(model: Any, tokenizer: Any, task: Any, config: EvaluateConfig) -> tuple[dict, dict]:
+    from tqdm import tqdm
+
+    from minitune.evaluation import references
+
+    counts, measured = {"rows": len(task.rows)}, {}
+    options = {"max_new_tokens": config.max_new_tokens or 256, "batch_size": config.batch_size or 32}
+    if task.asks:
+        with tqdm(total=len(task.rows), desc="answer", unit=" rows") as bar:
+            answers = references.ask(model, tokenizer, task.rows, on_batch=bar.update, **options)
+        counts, measured = references.summary(answers), references.score_answers(task, answers)
+    if task.passes:
+        with tqdm(total=len(task.rows) * task.samples, desc="sample", unit=" answers") as bar:
+            samples = references.ask_repeatedly(model, tokenizer, task, on_batch=bar.update, **options)
+        measured |= references.score_passes(task, samples)
+    return counts, measured | references.score_likelihood(model, tokenizer, task, batch_size=config.batch_size or 8)
 
 
 def _classify(model: Any, tokenizer: Any, rows: list, config: EvaluateConfig) -> dict[str, Any]:

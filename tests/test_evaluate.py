@@ -74,6 +74,8 @@ def test_perplexity_equals_transformers(tiny, tmp_path, capsys):
         (("--choices", "x.jsonl", "--answer_form", "json"), "answer_form is set without references"),
         (("--choices", "x.jsonl", "--max_new_tokens", "9"), "max_new_tokens is set without classify or references"),
         (("--classify", "x.jsonl", "--labels", "a,b", "--base", "m"), "base is set without references or choices"),
+        (("--choices", "x.jsonl", "--samples", "9"), "samples is set without references"),
+        (("--references", "x.jsonl", "--metrics", "pass@5", "--samples", "4"), "pass@5 needs at least 5"),
         (("--references", "x.jsonl", "--metrics", "rogue"), "no metric 'rogue'; did you mean 'rouge'"),
         (("--classify", "x.jsonl", "--labels", "a,b", "--batch_size", "0"), "batch_size is 0"),
     ],
@@ -181,6 +183,8 @@ def test_choices_are_compared_with_any_other_model(tiny, adapter, tmp_path, caps
 def test_answers_are_not_generated_where_only_references_are_read(tiny, questions, tmp_path, monkeypatch, capsys):
     from minitune.evaluation import references
 
+    run(tiny, "--references", questions, "--metrics", "pass@1,pass@2", "--samples", 2, "--max_new_tokens", 2)
+    assert "pass@2             0 (all rows alike)" in capsys.readouterr().out
     monkeypatch.setattr(references, "generate_texts", lambda *_, **__: pytest.fail("answers were generated"))
     run(tiny, "--references", questions, "--metrics", "bits_per_byte")
     assert "references rows 12" in capsys.readouterr().out

@@ -6,8 +6,9 @@ as they go, but it matches no reference and has no form, since more would have f
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +25,39 @@ from minitune.evaluation.compliance import answer_form
 from minitune.evaluation.likelihood import likelihoods
 from minitune.evaluation.rouge import KINDS, rouge
 from minitune.evaluation.scores import Measured, share
-from minitune.evaluation.text_metrics import distinct_n, exact_match, repetition
+from minitune.evaluation.text_metrics import distinct_n, exact_match, pass_at_k, repetition
 from minitune.model.transformer import Transformer
+from minitune.sampling import Sampling
 from minitune.text.tokenizer import Tokenizer
 
 GROUPS = {"rouge": KINDS, "likelihood": ("token_accuracy", "perplexity", "bits_per_byte")}
 METRICS = ("exact_match", *KINDS, "bleu", "chrf", "chrf++", "format", "length", "repetition", *GROUPS["likelihood"])
+PASS = re.compile(r"pass@([1-9]\d{0,5})")
 DEFAULT = "exact_match,rouge,bleu,chrf,length,repetition"
 
 
 @dataclass(frozen=True)
 class References:
-    """What to measure: the rows, the names of the metrics, and the form that "format" asks of an answer."""
+    """What to measure: the rows, the names of the metrics, and the form that "format" asks of an answer.
+
+    For pass@k each row is answered `samples` times at a `temperature`; an answer passes where it is the reference.
+    """
 
     rows: tuple[Record, ...]
     metrics: tuple[str, ...]
     form: Callable[[str], bool] | None = None
+    samples: int = 10
+    temperature: float = 0.8
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """Every k of pass@k."""
+        return tuple(int(name.removeprefix("pass@")) for name in self.metrics if PASS.fullmatch(name))
 
     @property
     def asks(self) -> bool:
-        """Whether a metric needs answers, or all read the references alone."""
-        return not {*self.metrics} <= {*GROUPS["likelihood"]}
+        """Whether a metric needs the one greedy answer to each row."""
+        return any(name not in GROUPS["likelihood"] and not PASS.fullmatch(name) for name in self.metrics)
 
 
 def metric_names(text: str) -> tuple[str, ...]:
@@ -54,24 +67,32 @@ def metric_names(text: str) -> tuple[str, ...]:
     """
     found: list[str] = []
     for name in (part.strip() for part in text.split(",")):
-        if name not in METRICS and name not in GROUPS:
-            known = [*METRICS, *GROUPS]
+        if name not in METRICS and name not in GROUPS and not PASS.fullmatch(name):
+            known = [*METRICS, "pass@1", *GROUPS]
             raise ConfigError(f"there is no metric '{name}'{nearest(name, known)}; known: {', '.join(known)}")
         found += GROUPS.get(name, (name,))
     return tuple(dict.fromkeys(found))
 
 
-def read_references(path: str | Path, metrics: str | None = None, form: str | None = None) -> References:
+def read_references(
+    path: str | Path,
+    metrics: str | None = None,
+    form: str | None = None,
+    samples: int | None = None,
+    temperature: float | None = None,
+) -> References:
     """Return what to measure of a data file.
 
     Args:
         path: rows in any format that trains but text.
         metrics: their names, as rouge,bleu; None takes `DEFAULT`, and "format" where there is a form.
         form: see `compliance.answer_form`; it belongs to the metric "format".
+        samples: answers to each row, for pass@k (default 10).
+        temperature: at which they are drawn (default 0.8, that of Chen et al. 2021 for k = 100), above 0.
 
     Raises:
         DataError: a row is malformed or has no reference, with file:line and the number of others. ConfigError: an
-        unknown metric, or "format" without a form, or a form without it.
+        unknown metric, an option without the metric that it belongs to, or k over the samples.
     """
     names = metric_names(DEFAULT + ",format" * (form is not None) if metrics is None else metrics)
     if ("format" in names) != (form is not None):
@@ -80,7 +101,16 @@ def read_references(path: str | Path, metrics: str | None = None, form: str | No
     rows = read_records(path)
     if rows[0].text is not None:
         raise DataError(f"{rows[0].origin}: a text without question and answer; references need both")
-    return References(tuple(rows), names, complies)
+    task = References(tuple(rows), names, complies)
+    given = {key: value for key, value in (("samples", samples), ("temperature", temperature)) if value is not None}
+    if given and not task.passes:
+        raise ConfigError(f"{next(iter(given))} is set without a metric pass@k, which it belongs to; leave it out")
+    task = replace(task, **given)
+    if not task.temperature > 0:
+        raise ConfigError(f"temperature is {task.temperature}; above 0 only do samples differ")
+    if task.samples < max(task.passes, default=1):
+        raise ConfigError(f"samples is {task.samples}; pass@{max(task.passes)} needs at least {max(task.passes)}")
+    return task
 
 
 def reference_of(record: Record) -> str:
@@ -96,20 +126,30 @@ def prompt_of(record: Record, tokenizer: Tokenizer) -> tuple[Prompt, bool]:
 
 
 def ask(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    rows: Sequence[Record],
-    *,
-    max_new_tokens: int = 256,
-    batch_size: int = 32,
-    on_batch: Callable[[int], None] | None = None,
+    model: Transformer, tokenizer: Tokenizer, rows: Sequence[Record], *, batch_size: int = 32, **options: Any
 ) -> list[Answer]:
-    """Return the greedy answer to every row's question; arguments and errors as in `generate_texts`."""
+    """Return an answer to every row's question, greedy by default.
+
+    `options` are those of `generate_texts`, whose errors these are too; DataError where some rows are text to continue
+    and others are messages.
+    """
     prompts = [prompt_of(record, tokenizer) for record in rows]
+    raw = prompts[0][1]
+    for record, (_, other) in zip(rows, prompts, strict=True):
+        if other != raw:
+            kinds = ("messages", "a text to continue")
+            found = f"{record.origin}: {kinds[other]} in a file that begins with {kinds[raw]}"
+            raise DataError(f"{found}; the two are asked differently: keep them in two files")
     return generate_texts(
-        model, tokenizer, [prompt for prompt, _ in prompts], raw=prompts[0][1],
-        max_new_tokens=max_new_tokens, batch_size=batch_size, on_batch=on_batch,
+        model, tokenizer, [prompt for prompt, _ in prompts], raw=raw, batch_size=batch_size, **options
     )  # fmt: skip
+
+
+def ask_repeatedly(model: Transformer, tokenizer: Tokenizer, task: References, **options: Any) -> list[list[Answer]]:
+    """Return `task.samples` sampled answers to every row; arguments and errors as in `ask`."""
+    rows = [record for record in task.rows for _ in range(task.samples)]
+    found = ask(model, tokenizer, rows, sampling=Sampling(temperature=task.temperature), **options)
+    return [found[start : start + task.samples] for start in range(0, len(found), task.samples)]
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -142,6 +182,15 @@ def score_answers(task: References, answers: Sequence[Answer]) -> dict[str, Meas
         "repetition": lambda: Measured(mean_of([repetition(text) for text in texts]), better="lower"),
     } | {kind: lambda kind=kind: Measured(mean_of([found[kind].f for found in overlaps])) for kind in KINDS}
     return {name: makers[name]() for name in task.metrics if name in makers}
+
+
+def score_passes(task: References, samples: Sequence[Sequence[Answer]]) -> dict[str, Measured]:
+    """Return pass@k for every k asked for, from several answers to each row; a pure function of texts."""
+    right = []
+    for row, answers in zip(task.rows, samples, strict=True):
+        right.append(sum(one.finished and exact_match(one.text, [reference_of(row)]) for one in answers))
+    chances = {k: [pass_at_k(len(samples[0]), count, k) for count in right] for k in task.passes}
+    return {f"pass@{k}": Measured(mean_of(found)) for k, found in chances.items()}
 
 
 def score_likelihood(

@@ -29,15 +29,18 @@ def share(right: Sequence[bool]) -> Measured:
 def numbers(metrics: dict[str, Measured]) -> dict[str, dict[str, Any]]:
     """Return {name: {"value", "interval", "interval_by"}}, intervals of 95%.
 
-    A share's is Wilson's: where no row is right, every resample agrees, and the bootstrap would claim certainty.
+    A share's is Wilson's: where no row is right, every resample agrees, and the bootstrap would claim certainty. For
+    the same reason other metrics have None where all rows are alike.
     """
     found = {}
     for name, metric in metrics.items():
-        if metric.right is None:
-            edges, by = interval(metric.statistics), f"bootstrap, {RESAMPLES:,} resamples of rows"
-        else:
+        if metric.right is not None:
             edges, by = wilson_interval(sum(metric.right), len(metric.right)), "Wilson"
-        found[name] = {"value": metric.statistics.value, "interval": list(edges), "interval_by": by}
+        elif bool((metric.statistics.rows == metric.statistics.rows[0]).all()):
+            edges, by = None, "none: all rows are alike"
+        else:
+            edges, by = interval(metric.statistics), f"bootstrap, {RESAMPLES:,} resamples of rows"
+        found[name] = {"value": metric.statistics.value, "interval": edges and list(edges), "interval_by": by}
     return found
 
 
@@ -69,19 +72,21 @@ def report(
 def score_lines(found: dict[str, Any]) -> list[str]:
     """Return the lines of a `report`, values with their 95% intervals."""
     if "comparison" not in found:
-        return [f"{name:<14}{_score(one)}" for name, one in found["scores"].items()]
-    lines = [f"{'':<14}{'base':<30}{'tuned':<30}{'difference':<34}tuned"]
+        return [f"{name:<19}{_score(one)}" for name, one in found["scores"].items()]
+    lines = [f"{'':<19}{'base':<30}{'tuned':<30}{'difference':<34}tuned"]
     for name, one in found["scores"].items():
         compared = found["comparison"][name]
         low, high = compared["interval"]
         difference = f"{compared['difference']:+.4g} ({low:+.4g} to {high:+.4g})"
         p = "" if compared["p"] is None else f", p = {compared['p']:.2g}"
         verdict = f"{compared['verdict']}  ({compared['test']}{p})" if compared["verdict"] else "-"
-        lines.append(f"{name:<14}{_score(found['base'][name]):<30}{_score(one):<30}{difference:<34}{verdict}")
+        lines.append(f"{name:<19}{_score(found['base'][name]):<30}{_score(one):<30}{difference:<34}{verdict}")
     return [*lines, *_conclusion(found["comparison"])]
 
 
 def _score(one: dict[str, Any]) -> str:
+    if one["interval"] is None:
+        return f"{one['value']:.4g} (all rows alike)"
     low, high = one["interval"]
     return f"{one['value']:.4g} ({low:.4g} to {high:.4g})"
 

@@ -12,17 +12,21 @@ from minitune.checkpoint.load import load_model, load_tokenizer
 from minitune.data.examples import encode_record
 from minitune.decoding import Answer
 from minitune.errors import ConfigError, DataError
+from minitune.evaluation.bootstrap import mean_of
 from minitune.evaluation.references import (
     METRICS,
+    ask,
+    ask_repeatedly,
     metric_names,
     prompt_of,
     read_references,
     reference_of,
     score_answers,
     score_likelihood,
+    score_passes,
     summary,
 )
-from minitune.evaluation.scores import numbers, report, score_lines, share
+from minitune.evaluation.scores import Measured, numbers, report, score_lines, share
 
 ROWS = [("Say A.", "the cat sat on the mat"), ("Say B.", "a dog"), ("Say C.", '{"a": 1}'), ("Say D.", "yes")]
 
@@ -158,11 +162,47 @@ def test_rows_that_cannot_be_compared_at_all_are_refused(file):
         ("format", None, "format and the option answer_form belong together"),
         ("bleu", "json", "format and the option answer_form belong together"),
         (None, "yaml", "answer_form is 'yaml'"),
+        ("pass@0", None, "no metric 'pass@0'"),
+        ("pass@11", None, "samples is 10; pass@11 needs at least 11"),
     ],
 )
 def test_metrics_that_are_none_are_named(rows, metrics, form, line):
     with pytest.raises(ConfigError, match=line):
         read_references(rows, metrics, form)
+
+
+def test_pass_at_k_counts_the_references_among_samples(rows):
+    task = read_references(rows, "pass@1,pass@2", samples=3, temperature=1.0)
+    assert (task.passes, task.samples, task.temperature, task.asks) == ((1, 2), 3, 1.0, False)
+    right = [answer for _, answer in ROWS]
+    samples = [answers(right[0], "x", right[0]), answers("x", "", "y"), answers(right[2], "x", "y"),
+               answers(right[3], right[3], "yes.")]  # fmt: skip
+    found = score_passes(task, samples)
+    assert found["pass@1"].statistics.value == pytest.approx((2 / 3 + 0 + 1 / 3 + 2 / 3) / 4)
+    assert found["pass@2"].statistics.value == pytest.approx((1 + 0 + 2 / 3 + 1) / 4)
+    cut = [answers(*[answer] * 3, finished=False) for answer in right]
+    assert score_passes(task, cut)["pass@2"].statistics.value == 0
+    with pytest.raises(ConfigError, match="samples is set without a metric pass@k"):
+        read_references(rows, "bleu", samples=3)
+    with pytest.raises(ConfigError, match="temperature is 0"):
+        read_references(rows, "pass@1", temperature=0)
+
+
+def test_samples_belong_to_their_rows_and_differ(rows, roomy):
+    model, tokenizer = load_model(roomy, dtype=torch.float32), load_tokenizer(roomy)
+    task = read_references(rows, "pass@1", samples=3, temperature=1.0)
+    found = ask_repeatedly(model, tokenizer, task, max_new_tokens=6, batch_size=5)
+    assert [len(one) for one in found] == [3] * 4
+    assert len({answer.text for one in found for answer in one}) > 6
+    assert found == ask_repeatedly(model, tokenizer, task, max_new_tokens=6, batch_size=12)
+
+
+def test_texts_and_messages_are_not_asked_alike(file, roomy):
+    chat = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    for order in ([chat, {"prompt": "a", "completion": "b"}], [{"prompt": "a", "completion": "b"}, chat]):
+        task = read_references(file(order))
+        with pytest.raises(DataError, match="rows.jsonl:2: .* in a file that begins with"):
+            ask(None, load_tokenizer(roomy), task.rows)
 
 
 def test_groups_are_written_out_and_nothing_counts_twice():
@@ -182,9 +222,12 @@ def test_the_report_names_the_test_and_says_where_the_tuned_model_does_not_win()
     assert "the tuned model wins on exact_match" in text
     beaten = "\n".join(score_lines(report(({}, base | {"exact_match": less}), ({}, base | {"exact_match": less}))))
     assert "the tuned model does not win on any metric" in beaten
-    assert score_lines(report(({}, {"exact_match": more}))) == ["exact_match   0.9 (0.699 to 0.9721)"]
+    assert score_lines(report(({}, {"exact_match": more}))) == ["exact_match        0.9 (0.699 to 0.9721)"]
 
 
 def test_a_share_of_nothing_right_is_not_certain():
     found = numbers({"exact_match": share([False] * 20)})["exact_match"]
     assert found["interval"] == pytest.approx([0, 0.1611], abs=5e-5)  # Newcombe 1998: 0 of 20
+    alike = numbers({"rouge1": Measured(mean_of([0.0] * 20))})
+    assert alike["rouge1"]["interval"] is None
+    assert score_lines({"scores": alike}) == ["rouge1             0 (all rows alike)"]
