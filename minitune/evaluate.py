@@ -228,9 +228,9 @@ def table(result: dict[str, Any]) -> str:
     if "perplexity" in result:
         found = result["perplexity"]
         note = f"{found['tokens']:,} tokens, window {found['window']}, stride {found['stride']}"
-        low, high = found["interval"] or (None, None)
-        within = "" if low is None else f"; 95% interval {low:.3f} to {high:.3f}"
-        lines.append(f"perplexity  {found['perplexity']:.3f}  (loss {found['loss']:.4f}; {note}{within})")
+        if found["interval"]:
+            note += "; 95% interval {:.3f} to {:.3f}".format(*found["interval"])
+        lines.append(f"perplexity  {found['perplexity']:.3f}  (loss {found['loss']:.4f}; {note})")
         if found["bits_per_byte"] is not None:
             lines.append(f"bits/byte   {found['bits_per_byte']:.4f}")
     return "\n".join(lines)

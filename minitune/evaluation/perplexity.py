@@ -32,7 +32,8 @@ class Perplexity:
     """`loss` in nats per token over `tokens` scored tokens, `perplexity` = exp(loss).
 
     `interval` is perplexity's 95% bootstrap interval over windows, None where there are too few to say;
-    `bits_per_byte` is None where ids were scored whose text is not known.
+    `bits_per_byte` is None where ids were scored whose text is not known; its interval is that of the loss, at the
+    whole text's tokens per byte.
     """
 
     perplexity: float
@@ -42,6 +43,7 @@ class Perplexity:
     stride: int
     interval: tuple[float, float] | None = None
     bits_per_byte: float | None = None
+    bits_per_byte_interval: tuple[float, float] | None = None
 
 
 def perplexity(
@@ -76,7 +78,11 @@ def perplexity(
     read = text if len(ids) == len(whole) else tokenizer.decode(ids)
     # The first token is not scored. Where it, or the cut, ends inside a character, this is at most 3 bytes off.
     size = len(read.encode()) - len(tokenizer.decode(ids[:1]).encode())
-    return replace(found, bits_per_byte=found.loss * found.tokens / (math.log(2) * size) if size > 0 else None)
+    if size <= 0:
+        return found
+    bits = found.tokens / (math.log(2) * size)  # bits per byte of a loss of 1
+    edges = found.interval and tuple(bits * math.log(edge) for edge in found.interval)
+    return replace(found, bits_per_byte=bits * found.loss, bits_per_byte_interval=edges)
 
 
 @torch.inference_mode()

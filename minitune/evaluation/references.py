@@ -69,7 +69,8 @@ def metric_names(text: str) -> tuple[str, ...]:
     for name in (part.strip() for part in text.split(",")):
         if name not in METRICS and name not in GROUPS and not PASS.fullmatch(name):
             known = [*METRICS, "pass@1", *GROUPS]
-            raise ConfigError(f"there is no metric '{name}'{nearest(name, known)}; known: {', '.join(known)}")
+            hint = nearest(name, known) or f"; known: {', '.join(known)}"
+            raise ConfigError(f"there is no metric '{name}'{hint}")
         found += GROUPS.get(name, (name,))
     return tuple(dict.fromkeys(found))
 

@@ -74,6 +74,9 @@ def test_bits_per_byte_divide_by_what_was_scored(roomy):
     size = len(text.encode()) - 1  # the first token is the byte G, and nothing precedes it
     assert found.tokens == size  # a token is a byte here, so that bits per byte are bits per token
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))
+    assert found.bits_per_byte_interval is None  # of 6 windows
+    many = perplexity(model, tokenizer, text, window=16)
+    assert many.bits_per_byte_interval == pytest.approx(tuple(math.log2(edge) for edge in many.interval))
     cut = perplexity(model, tokenizer, text, window=64, max_tokens=100)
     assert (cut.tokens, cut.bits_per_byte) == (99, pytest.approx(cut.loss / math.log(2)))
     assert score_ids(model, IDS, window=16).bits_per_byte is None
