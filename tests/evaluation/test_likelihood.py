@@ -121,6 +121,8 @@ def test_the_three_normalisations_by_hand():
     # Plain -2 wins; by characters -2 against -2.1; by bytes -2 against -1.05.
     split = measure_choices([(-2.0, -4.2, -99.0)], [choices], [1])
     assert [split[name].right[0] for name in ("accuracy", "accuracy_norm", "accuracy_bytes")] == [False, False, True]
+    short = measure_choices([(-1.0, -2.4)], [("a", "abc")], [1])  # -1 against -0.8, each character counted once
+    assert short["accuracy_norm"].right == short["accuracy_bytes"].right == (True,)
     tie = measure_choices([(-1.0, -1.0)], [("x", "y")], [0])
     assert tie["accuracy"].right == (True,)  # the first of equals, as numpy's argmax has it
     assert tie["calibration_error"].statistics.value == pytest.approx(0.5)  # sure by a half, and right
