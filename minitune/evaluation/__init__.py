@@ -1,1 +1,1 @@
-"""Perplexity and classification, with intervals."""
+"""Metrics with their intervals, of one model or of two on the same rows; perplexity, classification, reward, judge."""
