@@ -36,8 +36,8 @@ class ExportConfig:
         overwrite: replace what was exported there before.
     """
 
-    model: str
     output: str
+    model: str = "smollm2-135m-instruct"
     format: Literal["hf", "gguf"] = "hf"
     adapter: tuple[str, ...] | str | None = None
     weights: tuple[float, ...] | None = None
@@ -136,9 +136,12 @@ def merged(model: Any, tokenizer: Any, dtype: str | None) -> dict[str, Any]:
     from minitune.evaluation.divergence import kl_divergence, next_token_log_probabilities
 
     ids = tokenizer.encode(PROBE) if tokenizer else list(range(min(128, model.config.vocab_size)))
-    ids = ids[: model.config.max_positions]
-    live = next_token_log_probabilities(model, ids)
+    ids = ids[: model.config.longest]
+    live = None if model.config.reward else next_token_log_probabilities(model, ids)
     report = merge(model, as_dtype(dtype))
+    if live is None:  # it writes no tokens
+        print(report)
+        return asdict(report)
     divergence = kl_divergence(live, next_token_log_probabilities(model, ids))
     print(report)
     print(f"KL(live || merged) = {divergence:.2e} nats a token over {len(ids)} tokens of a fixed text")

@@ -13,11 +13,12 @@ and B. The inputs of all other projections are made again (`ops/linear.py`). Run
 rejected: it needs the very memory that is in question, and does not say what holds it.
 
 Not counted: a weight in fp32, which DoRA makes for the length of its rows, modules trained whole beside adapters,
-Python, torch and the code that its matmul library compiles, the mask of packed rows (a byte for each pair
-of tokens), loading, and what an allocator keeps of freed memory: with glibc's, the process grows by 1.2 (full) to 1.5
-times (qlora) of the peak; with MALLOC_MMAP_THRESHOLD_=262144, which costs time, by the peak and 30 to 55 MB (SmolLM2
-135M, 4 x 256 tokens, bf16: `pytest -m real tests/test_memory.py`). The count is of the references in `ops`. On a GPU
-the loss makes 256 MiB of logits at a time and attention keeps one number more a row and head: not measured.
+Python, torch and the code that its matmul library compiles, the mask of packed rows and of windows (a byte for each
+pair of tokens; in fp32 torch keeps 4 more in each layer), loading, and what an allocator keeps of freed memory: with
+glibc's, the process grows by 1.2 (full) to 1.5 times (qlora) of the peak; with MALLOC_MMAP_THRESHOLD_=262144, which
+costs time, by the peak and 30 to 55 MB (SmolLM2 135M, 4 x 256 tokens, bf16: `pytest -m real tests/test_memory.py`). The
+count is of the references in `ops`. On a GPU the loss makes 256 MiB of logits at a time and attention keeps one number
+more a row and head: not measured.
 """
 
 from dataclasses import asdict, dataclass
@@ -188,7 +189,8 @@ def _layer(config: ModelConfig, dtype: torch.dtype) -> int:
     own = 0 if blocked else queries * dtype.itemsize + 4 * config.num_heads
     normed = (queries + keys if config.qk_norm != "none" else 0) + (2 * D if config.norm_placement != "before" else 0)
     inner = 2 * F if config.gated else F
-    return (2 * (D + queries + keys) + inner + normed) * dtype.itemsize + 2 * 4 + own
+    residuals = D if config.parallel_residual else 2 * D
+    return (residuals + 2 * (queries + keys) + inner + normed) * dtype.itemsize + 2 * 4 + own
 
 
 def _adapters(adapters: dict[str, LoRA], dtype: torch.dtype) -> int:

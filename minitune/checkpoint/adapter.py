@@ -31,14 +31,15 @@ from minitune.model.config import LoRAConfig, ModelConfig, QuantizationConfig
 from minitune.model.lora import install, linear_modules, make_adapters, quantized_weights
 from minitune.model.names import checkpoint_name, is_transposed
 from minitune.model.transformer import Transformer, add_score_head
-from minitune.model.vocabulary import grow_vocabulary, untie_head
+from minitune.model.vocabulary import grow_vocabulary, train_rows, trained_rows, untie_head
 from minitune.safetensors_io import StoredTensor, read_header, read_metadata, write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _SCORE = f"{_PREFIX}score.weight"  # of a reward model: PEFT's `modules_to_save`
-_BASE = "minitune.base_quantization"  # in the file's metadata: PEFT's config has no field for it
+# In the file's metadata, since PEFT's config has no field for them: how the base was kept, which rows were trained.
+_BASE, _ROWS = "minitune.base_quantization", "minitune.trained_rows"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -241,11 +242,25 @@ def _put_beside(model: Transformer, stored: StoredAdapter, values: dict[str, tor
         untie_head(model)
     if _tables(stored):
         grow_vocabulary(model, max(len(values[name]) for name in _tables(stored)))
+    if rows := _trained_rows(stored, model.config.vocab_size):
+        train_rows(model, rows)
     own = dict(model.named_parameters())
     for name, theirs in stored.beside.items():
         if name in own:
             own[name].copy_(values[theirs].mT if is_transposed(model.config, name) else values[theirs])
             own[name].requires_grad_(True)
+
+
+def _trained_rows(stored: StoredAdapter, vocabulary: int) -> list[int]:
+    """Return which rows of the tables the adapter was trained in, as its file says; nothing where all were."""
+    path = stored.folder / WEIGHTS
+    try:
+        rows = json.loads(read_metadata(path).get(_ROWS, "[]"))
+    except ValueError:
+        rows = None
+    if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < vocabulary for row in rows):
+        raise CheckpointError(f"{path}: its record of the rows that were trained is damaged; remove {_ROWS}")
+    return rows
 
 
 def _unties(model: Transformer, stored: StoredAdapter) -> bool:
@@ -315,9 +330,11 @@ def save_adapter(
     fields |= write_fields(settings, _target_names(model, settings), config, transposed=transposed)
     folder = Path(folder)
     quantized = next(iter(quantized_weights(model).values()), None)
-    base = {} if quantized is None else {_BASE: json.dumps(dataclasses.asdict(configuration(quantized)))}
+    facts = {} if quantized is None else {_BASE: json.dumps(dataclasses.asdict(configuration(quantized)))}
+    if rows := trained_rows(model):
+        facts[_ROWS] = json.dumps(rows)
     with atomic_file(folder / WEIGHTS) as temporary:
-        write_tensors(temporary, tensors, base)
+        write_tensors(temporary, tensors, facts)
     with atomic_file(folder / CONFIG) as temporary:
         write_json(temporary, {"base_model_name_or_path": base_name, **fields})
     if tokenizer is not None:
@@ -347,7 +364,12 @@ def _saved_beside(model: Transformer, adapters: dict[str, LoRA]) -> tuple[dict[s
         tensors[f"{_PREFIX}{checkpoint_name(config, _HEAD)}"] = own[_EMBEDDING].detach().clone()
         modules.append(_HEAD.removesuffix(".weight"))
     saved = [checkpoint_name(config, path) for path in modules]
-    short = [name.rsplit(".", 1)[-1] if len(name.split(".")) == 2 else name for name in saved]  # embed_tokens
+    paths = {checkpoint_name(config, name.rpartition(".")[0]) for name in own}
+    short = []  # embed_tokens; not norm, with which the names of other norms end
+    for name in saved:
+        tail = name.rsplit(".", 1)[-1]
+        alone = len(name.split(".")) == 2 and not any(path.endswith(tail) for path in paths - {name})
+        short.append(tail if alone else name)
     return tensors, {"bias": bias, "modules_to_save": short or None, "ensure_weight_tying": tied}
 
 

@@ -77,7 +77,7 @@ def save_gguf(
             _write(writer, stored)
         finally:
             writer.close()
-        return _check_written(temporary, config, tokenizer)
+        return _differences(config) + _check_written(temporary, config, tokenizer)
 
 
 def check_gguf_output(path: str | Path, *, overwrite: bool) -> None:
@@ -103,6 +103,8 @@ def _check_model(model: Transformer) -> None:
         raise CheckpointError("the model's weights are quantised; load it without quantize to write GGUF")
     if model.config.reward:
         raise CheckpointError("a reward model cannot be written to GGUF, which has heads over the vocabulary only")
+    if model.config.family == "gemma2" and not any(model.config.windows):
+        raise CheckpointError("llama.cpp knows Gemma 2 with a window only; export a Hugging Face folder")
     tied = ARCHITECTURES[architecture_of(model.config)].tied
     if tied not in (None, model.config.tie_embeddings):
         kinds = ("untied from", "tied to")
@@ -160,6 +162,21 @@ def _encode(weight: torch.Tensor, kind: gguf.GGMLQuantizationType, layout: Layou
     if kind == Kind.Q8_0:
         return quantize(value.numpy(), kind)
     return value.view(torch.uint8).numpy()
+
+
+def _differences(config: ModelConfig) -> list[str]:
+    """Return what llama.cpp does otherwise with a file of this model, a line each."""
+    notes = []
+    window = min((one for one in config.windows if one), default=config.max_positions)
+    if config.family == "phi3" and window < config.max_positions:
+        notes.append(f"llama.cpp reads Phi-3 without its window: texts of over {window} tokens get other answers")
+    if config.rope is not None and config.rope.kind == "longrope":
+        trained = config.rope.original_positions or config.max_positions
+        notes.append(
+            f"llama.cpp takes longrope's long factors for every text once its context (-c) is over {trained} "
+            f"tokens; keep -c at {trained} for texts that fit"
+        )
+    return notes
 
 
 def _check_written(path: Path, config: ModelConfig, tokenizer: Any | None) -> list[str]:

@@ -161,6 +161,8 @@ def _stored_tensors(model: Transformer, quantized: dict[str, QuantizedTensor]) -
 def check_output(folder: str | Path, *, overwrite: bool) -> None:
     """Raise CheckpointError where `save_model` would refuse `folder`, or would replace what is not a model."""
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give a folder for the exported model")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise CheckpointError(f"{folder} exists already and is not empty; choose another, or add --overwrite")

@@ -254,6 +254,8 @@ def own_tensors(config: ModelConfig, tensors: Mapping[str, Stored]) -> dict[str,
         # A GGUF file has our names and our orientation, and what is quantised always has the latter.
         turned = name != theirs and is_transposed(config, name) and not isinstance(tensor, StoredQuantized)
         if not theirs.endswith(_IGNORED):
+            if name in own:
+                raise CheckpointError(f"{theirs} and another tensor are both {name} of this model; one must go")
             own[name] = Transposed(tensor) if turned else tensor
     return own
 

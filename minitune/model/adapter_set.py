@@ -62,12 +62,17 @@ def chosen_name(model: nn.Module) -> str | None:
 
 
 def check_names(model: nn.Module, names: Sequence[str | None]) -> None:
-    """Raise ConfigError for the first name that none of the model's adapters has; None passes."""
+    """Raise ConfigError for the first name that none of the model's adapters has.
+
+    None, the base alone, passes unless the model's adapter has no name: such a one cannot be set aside.
+    """
     known = adapter_names(model)
+    if None in names and any(isinstance(layer.lora, LoRA) for layer in linear_modules(model).values()):
+        raise ConfigError('the adapter has no name by which to leave it out; load it as "[poet=FOLDER]"')
     for name in names:
         if name is not None and name not in known:
             there = f"there are {', '.join(known)}" if known else "load several by name first"
-            raise ConfigError(f"no adapter is called {name!r}; {there}{nearest(name, known)}")
+            raise ConfigError(f"no adapter is called {name!r}; {there}{nearest(str(name), known)}")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from minitune.ops.quantization import QuantizationConfig as QuantizationConfig  
 
 _COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
            "max_positions")  # fmt: skip
+_LARGEST = 2**53  # of a factor: an integer beyond it is no float
 _FACTORS = ("norm_eps", "initializer_range", "embedding_scale", "residual_scale", "logits_scale")
 
 
@@ -104,7 +105,7 @@ class ModelConfig:
         given = [name for name in optional if getattr(self, name) is not None]
         for name in (*_FACTORS, *given):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
+            if type(value) not in (int, float) or not 0 < value < _LARGEST:
                 raise ConfigError(f"model config: {name} is {value!r}; it must be a positive number")
         for name in ("attention_bias", "output_bias", "mlp_bias", "tie_embeddings", "parallel_residual"):
             if type(getattr(self, name)) is not bool:
@@ -118,6 +119,8 @@ class ModelConfig:
         for rope in (self.rope, self.local_rope):
             if rope is not None:
                 rope.check(self.head_dim)
+        if self.local_rope is not None and self.local_rope.by_length:
+            raise ConfigError(f"a rope of kind {self.local_rope.kind!r} is not implemented for layers with a window")
         self._check_layers()
         for name, ids in (("bos", (self.bos_id,)), ("eos", self.eos_ids), ("pad", (self.pad_id,))):
             for token in ids:

@@ -114,7 +114,7 @@ class Family:
 
 def _gemma_scales(fields: dict[str, Any]) -> dict[str, Any]:
     scalar = fields.get("query_pre_attn_scalar")
-    return {"embedding_scale": fields["hidden_size"] ** 0.5} | ({"attention_scale": scalar**-0.5} if scalar else {})
+    return {"embedding_scale": fields["hidden_size"] ** 0.5, "attention_scale": scalar**-0.5}  # null or 0: refused
 
 
 def _query_scalar(config: ModelConfig) -> dict[str, Any]:

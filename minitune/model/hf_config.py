@@ -17,6 +17,8 @@ _SETTINGS = {"rope_theta": "theta", "rope_type": "kind", "partial_rotary_factor"
              "original_max_position_embeddings": "original_positions"}  # fmt: skip
 _FIELD_OF = {ours: theirs for theirs, ours in _SETTINGS.items()}
 _MOST_LAYERS = 10_000
+_MAY_BE_NULL = ("num_kv_heads", "head_dim", "intermediate_size", "bos_id", "pad_id", "attention_softcap",
+                "logits_softcap")  # fmt: skip
 
 
 def read(fields: dict[str, Any], where: str) -> ModelConfig:
@@ -30,7 +32,7 @@ def read(fields: dict[str, Any], where: str) -> ModelConfig:
         ConfigError: an architecture, field or value that this engine does not implement.
     """
     name = fields.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(
             f"{where}: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}"
             + nearest(str(name), FAMILIES)
@@ -49,6 +51,10 @@ def read(fields: dict[str, Any], where: str) -> ModelConfig:
 def _values(fields: dict[str, Any], family: Family) -> dict[str, Any]:
     """Return the arguments of ModelConfig that a checked file stands for."""
     values = {ours: fields[theirs] for theirs, ours in family.direct.items() if fields.get(theirs) is not None}
+    null = [theirs for theirs, ours in family.direct.items() if ours not in values and ours not in _MAY_BE_NULL
+            and theirs in fields]  # fmt: skip
+    if null:
+        raise ConfigError(f"{null[0]} is null; give it a value, or leave it out for the family's default")
     if type(values["num_layers"]) is not int or not 0 < values["num_layers"] <= _MOST_LAYERS:  # before a list of them
         raise ConfigError(f"num_layers is {values['num_layers']!r}; it must be 1 to {_MOST_LAYERS:,}")
     values |= family.constants | family.derive(fields)
@@ -116,7 +122,7 @@ def _windows(fields: dict[str, Any], family: Family) -> tuple[int | None, ...]:
         return ()
     slides = [kind == "sliding_attention" for kind in types or ()]
     slides = slides or [family.slides(layer, fields) for layer in range(count)]
-    return tuple(window if slid else None for slid in slides)
+    return tuple(window if slid else None for slid in slides) if any(slides) else ()
 
 
 def _ropes(fields: dict[str, Any], family: Family) -> dict[str, Rope | None]:

@@ -22,6 +22,7 @@ from minitune.model.rope import Rope
 from minitune.ops.attention import Visibility, attention, visibility
 from minitune.ops.linear import Remade, stacked
 from minitune.ops.norm import rms_norm
+from minitune.ops.precision import widen
 from minitune.ops.rope import apply_rope
 from minitune.ops.swiglu import ACTIVATIONS, GATED_UNITS
 
@@ -84,7 +85,8 @@ class Attention(nn.Module):
         if (rope := context.rope(self.index)) is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, T, H, d) -> (B, H, T, d)
-        v = v.contiguous()  # a view would keep the joint q, k, v alive until the backward pass
+        if rope is not None and config.qk_norm == "none":  # else q and k, or their norms' inputs, keep it anyway
+            v = v.contiguous()  # a view would keep the joint q, k, v alive until the backward pass
         if cache is not None:
             k, v = cache.append(self.index, k, v)
         seen = context.seen(self.index)
@@ -283,7 +285,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(ids.shape[1])
         h = self.model.norm(h[:, -new:])
-        return h if self.config.logits_scale == 1 or self.config.reward else h / self.config.logits_scale
+        return h if self.config.logits_scale == 1 else h / self.config.logits_scale
 
     def _embedded(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Return the first hidden states (B, T, D) of ids at their positions, both (B, T)."""
@@ -324,14 +326,14 @@ class Transformer(nn.Module):
         return self.capped(F.linear(hidden, self.head_weight))
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
-        """Bend what the head makes, where the family does (Gemma 2): c tanh(z / c)."""
+        """Bend what the head makes, where the family does (Gemma 2): c tanh(z / c), in fp32 as the loss does."""
         cap = self.config.logits_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits if cap is None else torch.tanh(widen(logits) / cap) * cap
 
     def forward(
         self, ids: torch.Tensor, *, positions: torch.Tensor | None = None, cache: KVCache | None = None
     ) -> torch.Tensor:
-        """Return logits (B, T, V) in the model's dtype; arguments as in `hidden`."""
+        """Return logits (B, T, V) in the model's dtype, in fp32 or wider where they are capped; see `hidden`."""
         return self.logits(self.hidden(ids, positions=positions, cache=cache))
 
 

@@ -22,11 +22,14 @@ def grow_vocabulary(model: Transformer, size: int) -> None:
     more = size - model.config.vocab_size
     if more < 0:
         raise ConfigError(f"the vocabulary has {model.config.vocab_size} tokens; it cannot be cut to {size}")
+    trained = trained_rows(model) if more else ()  # the new parameters do not know it
     for table in (model.model.embed_tokens, model.lm_head):
         if table is not None and more:
             rows = torch.cat([table.weight.data, table.weight.new_zeros(more, table.weight.shape[1])])
-            table.weight = nn.Parameter(rows, table.weight.requires_grad)
+            table.weight = nn.Parameter(rows, table.weight.requires_grad and not trained)
     model.config = dataclasses.replace(model.config, vocab_size=size)
+    if trained:
+        train_rows(model, trained)
 
 
 @torch.no_grad()
@@ -46,16 +49,25 @@ def add_rows(model: Transformer, ids: Sequence[int], *, seed: int = 0) -> None:
 
 
 def train_rows(model: Transformer, ids: Sequence[int]) -> None:
-    """Let the rows `ids` of embedding and head train, and no others of them.
+    """Let the rows `ids` of embedding and head train, those that do so already too, and no others of them.
 
-    The others' gradient is set to zero as it arrives, and `partly_trained` tells the optimiser to let no weight decay.
+    A table that trains whole stays so. The other rows' gradient is set to zero as it arrives, and the parameter's
+    `trained_rows` tells the optimiser to let no weight decay.
     """
     for table in (model.model.embed_tokens, model.lm_head):
-        if table is not None:
-            mask = torch.zeros(len(table.weight), 1, dtype=table.weight.dtype, device=table.weight.device)
-            mask[list(ids)] = 1
-            table.weight.requires_grad_(True).partly_trained = True
-            table.weight.register_hook(mask.mul)
+        if table is not None and (not table.weight.requires_grad or hasattr(table.weight, "trained_rows")):
+            weight = table.weight.requires_grad_(True)
+            if hasattr(weight, "trained_rows"):
+                weight.rows_hook.remove()
+            weight.trained_rows = tuple(sorted({*ids, *getattr(weight, "trained_rows", ())}))
+            mask = torch.zeros(len(weight), 1, dtype=weight.dtype, device=weight.device)
+            mask[list(weight.trained_rows)] = 1
+            weight.rows_hook = weight.register_hook(mask.mul)
+
+
+def trained_rows(model: Transformer) -> tuple[int, ...]:
+    """Return which rows of the embedding train, in order; nothing where none or all do."""
+    return getattr(model.model.embed_tokens.weight, "trained_rows", ())
 
 
 def untie_head(model: Transformer) -> None:

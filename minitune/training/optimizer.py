@@ -130,7 +130,7 @@ class Optimizer:
     def _rate_and_decay(self, name: str, learning_rate: float) -> tuple[float, float]:
         ratio = self.plus_ratio if name.endswith(".lora.B") else 1.0
         parameter = self.parameters[name]
-        decays = parameter.dim() > 1 and not getattr(parameter, "partly_trained", False)  # `model/vocabulary.py`
+        decays = parameter.dim() > 1 and not hasattr(parameter, "trained_rows")  # `model/vocabulary.py`
         return learning_rate * ratio, self.config.weight_decay if decays else 0.0
 
     def _step_one(self, name: str, rate: float, decay: float) -> None:

@@ -27,6 +27,7 @@ from minitune.checkpoint.adapter import load_adapter, save_adapter
 from minitune.checkpoint.huggingface import save_model
 from minitune.checkpoint.load import has_tokenizer, load_model, load_tokenizer
 from minitune.data.corpus import Corpus, Encoding, Stream, load_corpus
+from minitune.data.preferences import item_ids
 from minitune.device import choose_device, choose_dtype
 from minitune.errors import ConfigError, counted
 from minitune.files import sole_writer
@@ -121,6 +122,7 @@ def train(config: TrainConfig) -> TrainResult:
                 guessing=guessing,
             )
             _announce(job, corpus)
+            _warn_of_unseen(job, corpus, _names(config.new_tokens), range(known.vocab_size, tokenizer.vocab_size))
             status = fit(job, stop)
         result = None if status == "stopped" else _export(job, tokenizer, folder)
         return _finish(job, status, folder, result, stop.number)
@@ -262,9 +264,16 @@ def _resume(folder: Path, parameters: dict, optimizer: Optimizer, matters: dict)
     return state.Progress(**saved["progress"])
 
 
+def _warn_of_unseen(job: Job, corpus: Corpus, names: tuple[str, ...], ids: range) -> None:
+    """Name new tokens that no training row has, which nothing will train."""
+    seen = {token for items, _ in corpus.training for item in items for part in item_ids(item) for token in part}
+    if unseen := [repr(name) for name, token in zip(names, ids, strict=True) if token not in seen]:
+        job.journal.say(f"no training row has {', '.join(unseen)}: a new token that nothing trains; is it misspelt?")
+
+
 def _announce(job: Job, corpus: Corpus) -> None:
     """Say what is about to be trained on what."""
-    trained = sum(p.numel() for p in job.parameters.values())
+    trained = sum(p.numel() // len(p) * len(getattr(p, "trained_rows", p)) for p in job.parameters.values())
     everything = sum(p.numel() for p in job.model.parameters())
     everything += sum(weight.shape.numel() for weight in quantized_weights(job.model).values())
     rows = sum(len(examples) for examples, _ in corpus.training)

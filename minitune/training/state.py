@@ -70,10 +70,12 @@ class Progress:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """Return a sha256 over every weight's name, shape and 64 elements, or bytes, spread over it."""
+    """Return a sha256 over the config and every weight's name, shape and 64 elements, or bytes, spread over it."""
     digest = hashlib.sha256()
     stored = quantized_weights(model).items()
     quantized = {f"{name}.{field}": part for name, weight in stored for field, part in weight.tensors().items()}
+    config = dataclasses.replace(model.config, bos_id=None, eos_ids=(), pad_id=None)  # of text, not of arithmetic
+    digest.update(repr(config).encode())
     for name, parameter in (*model.named_parameters(), *quantized.items()):
         flat = parameter.detach().flatten()
         chosen = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)]
@@ -163,7 +165,8 @@ def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> tuple[Path, di
     damaged: dict[Path, CheckpointError] = {}
     for folder in reversed(checkpoints(root)):
         try:
-            state = _read_state(folder)
+            state = read_state(folder)
+            _check_files(folder, state["sha256"])
         except CheckpointError as error:
             damaged[folder] = error
             continue
@@ -194,20 +197,24 @@ def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: Optimi
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    """Return the state of a checkpoint; CheckpointError names the file that is missing or damaged."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the state of a checkpoint, whose tensors are not read; CheckpointError where it is missing or damaged."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        sums = {name: state["sha256"][name] for name in FILES}
-        if state["sha256"]["state"] != _digest(state):
+        Progress(**state["progress"])
+        if state["sha256"]["state"] != _digest(state) or not state["sha256"].keys() >= set(FILES):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{folder / 'state.json'} is missing or damaged") from None
-    for name, expected in sums.items():
-        path = folder / f"{name}.safetensors"
-        if not path.is_file() or file_sha256(path) != expected:
-            raise CheckpointError(f"{path} is missing, truncated or damaged")
     return state
+
+
+def _check_files(folder: Path, sums: dict[str, str]) -> None:
+    """Raise CheckpointError naming the first file of a checkpoint that is missing or not what was written."""
+    for name in FILES:
+        path = folder / f"{name}.safetensors"
+        if not path.is_file() or file_sha256(path) != sums[name]:
+            raise CheckpointError(f"{path} is missing, truncated or damaged")
 
 
 def _digest(state: dict[str, Any]) -> str:

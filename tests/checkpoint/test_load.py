@@ -311,3 +311,14 @@ def test_weights_too_large_for_a_dtype_are_named_and_a_large_sum_is_no_infinity(
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="model.norm.weight holds a NaN or infinity as float16"):
         load_model(folder, dtype="float16")
+
+
+def test_one_parameter_under_two_names_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"wte.weight": torch.zeros(9, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="both model.embed_tokens.weight of this model"):
+        load_model(tmp_path)

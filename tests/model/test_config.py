@@ -84,3 +84,37 @@ def test_names_of_classes_are_those_of_transformers(name):
     except KeyError:
         scorer = None
     assert scorer == family.reward_architecture
+
+
+GEMMA3 = {
+    "model_type": "gemma3_text", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4, "sliding_window": 3,
+}  # fmt: skip
+LOCAL = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"rope_parameters": {"sliding_attention": LOCAL}}, "'dynamic' is not implemented for layers with a window"),
+        ({"query_pre_attn_scalar": None}, "no model can have"),
+        ({"query_pre_attn_scalar": 0}, "no model can have"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is null"),
+        ({"rms_norm_eps": 10**30}, "norm_eps is 10+;"),
+        ({"model_type": ["gemma"]}, "is not supported"),
+        ({"layer_types": ["sliding_attention"]}, "each of 2 layers"),
+        ({"num_hidden_layers": 10**12}, "num_layers is 10+"),
+    ],
+)
+def test_what_no_gemma_3_can_have_is_refused(change, words):
+    assert ModelConfig.from_hf(GEMMA3).windows == (3, 3)
+    with pytest.raises(ConfigError, match=words):
+        ModelConfig.from_hf(GEMMA3 | change)
+
+
+def test_a_window_that_no_layer_has_is_none_and_is_written_so():
+    qwen = SMOLLM2 | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True,
+                      "sliding_window": 8, "max_window_layers": 99}  # fmt: skip
+    llama = ("pretraining_tp", "rope_interleaved", "is_llama_config", "attention_bias", "mlp_bias")
+    config = ModelConfig.from_hf({name: value for name, value in qwen.items() if name not in llama})
+    assert config.windows == () and ModelConfig.from_hf(config.to_hf()) == config

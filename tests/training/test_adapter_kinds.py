@@ -16,7 +16,7 @@ from minitune.errors import CheckpointError, ConfigError
 from minitune.generate import main as generate
 from minitune.model.lora import adapter_disabled, add_lora, quantized_weights
 from minitune.model.lora_config import LoRAConfig
-from minitune.model.vocabulary import add_rows
+from minitune.model.vocabulary import add_rows, trained_rows
 from minitune.reporting.journal import read_metrics
 from minitune.training.config import EvaluationConfig, LoRAOptions, PreferenceOptions, TrainConfig
 from minitune.training.run import train
@@ -96,7 +96,18 @@ def test_new_tokens_are_trained_alone_saved_and_read_by_others(make_config, tiny
     more = {"data": str(talk), "model": str(base), "lora": LoRAOptions()}
     with torch.enable_grad():
         again = train(make_config("again", adapter=str(result), max_steps=2, **more)).result
-    assert load_model(base, adapter=again).config.vocab_size == 262
+    later = load_model(base, adapter=again)
+    assert later.config.vocab_size == 262 and trained_rows(later) == (260, 261)
+    models = (before, load_model(base, adapter=result), later)
+    for old, first, new in zip(*((m.model.embed_tokens, m.lm_head) for m in models), strict=True):
+        if old is not None:
+            assert torch.equal(new.weight[:260], old.weight), "a row that was there moved in the second run"
+            assert not torch.equal(new.weight[260:], first.weight[260:])
+    with torch.enable_grad():
+        more_tokens = train(make_config("more", adapter=str(result), new_tokens="<more>", max_steps=2, **more)).result
+    assert trained_rows(load_model(base, adapter=more_tokens)) == (260, 261, 262)
+    last = load_model(base, adapter=more_tokens).model.embed_tokens.weight
+    assert torch.equal(last[:260], before.model.embed_tokens.weight)
     assert load_tokenizer(base, adapter=again).encode("<tool>") == [260]
     generate(["--model", str(base), "--adapter", str(again), "--prompt", "1?", "--max_new_tokens", "3"])
     with pytest.raises(ConfigError, match="the new token '<tool>' is there already"):
@@ -216,3 +227,9 @@ def test_an_adapter_with_some_trained_biases_is_refused(tiny_folder, tmp_path):
     model.model.layers[0].self_attn.q_proj.bias.requires_grad_(True)
     with pytest.raises(CheckpointError, match="some biases train and some do not"):
         save_adapter(model, tmp_path / "adapter")
+
+
+def test_a_new_token_that_no_row_has_is_named(make_config, tiny_model, talk, capsys):
+    train(make_config(data=str(talk), new_tokens=("<tool>", "<tol>"), max_steps=1))
+    said = capsys.readouterr().err + capsys.readouterr().out
+    assert "no training row has '<tol>'" in said and "'<tool>'" not in said.split("no training row has")[1]

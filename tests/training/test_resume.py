@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minitune import files
+from minitune import files, load_model
 from minitune.errors import CheckpointError
 from minitune.reporting import report
 from minitune.reporting.journal import read_metrics
@@ -287,3 +287,13 @@ def test_a_checkpoint_holds_only_what_trains_and_no_pickle(make_config):
     assert weights and all(".lora." in name for name in weights)
     assert "base model" in json.loads((last / "state.json").read_text())["fingerprint"]
     assert [p.name for p in sorted((folder / "checkpoints").glob("step-*"))] == ["step-0000009", "step-0000012"]
+
+
+def test_the_base_is_another_one_where_its_arithmetic_is(tiny_model):
+    """Equal weights under another config.json are another model, whatever its special ids."""
+    model = load_model(tiny_model)
+    before, config = state.base_fingerprint(model), model.config
+    model.config = dataclasses.replace(config, logits_softcap=30.0)
+    assert state.base_fingerprint(model) != before
+    model.config = dataclasses.replace(config, pad_id=None, eos_ids=())
+    assert state.base_fingerprint(model) == before
