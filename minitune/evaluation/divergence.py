@@ -13,9 +13,9 @@ from minitune.model.transformer import Transformer
 
 @torch.inference_mode()
 def next_token_log_probabilities(model: Transformer, ids: Sequence[int]) -> torch.Tensor:
-    """Return log p of every next token, (T, V) fp32 on the CPU, after each of `ids` (T of them)."""
+    """Return log p of every next token, (T, V) fp64 on the CPU, after each of `ids` (T of them)."""
     logits = model(torch.tensor([list(ids)], device=model.head_weight.device))[0]
-    return torch.log_softmax(logits.float(), dim=-1).cpu()
+    return torch.log_softmax(logits.double(), dim=-1).cpu()
 
 
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
