@@ -7,19 +7,30 @@ python -m minitune.generate --model M --input prompts.jsonl --output answers.jso
 """
 
 import json
+import os.path
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitune.cli import parse
-from minitune.errors import ConfigError, DataError, MinituneError, check_counts, check_seed, counted, run_command
+from minitune.errors import (
+    ConfigError,
+    DataError,
+    MinituneError,
+    check_counts,
+    check_seed,
+    counted,
+    nearest,
+    run_command,
+)
 from minitune.loading import ModelOptions, check_adapters
 from minitune.sampling import Sampling
 
 if TYPE_CHECKING:
     from minitune.decoding import Answer, Prompt
 
+Adapters = dict[str, str] | str | None
 TURN_COLOUR = "\033[1;36m{}\033[0m"
 
 
@@ -37,6 +48,8 @@ class GenerateConfig(Sampling, ModelOptions):
     With several adapters a row can name its own: {"adapter"}, null for the base alone."""
     output: str | None = None
     """With input: the JSONL file for the rows, each with answer, tokens and finished added."""
+    overwrite: bool = False
+    """Replace that file where it is there."""
     system: str | None = None
     """System message before the prompt or the conversation."""
     raw: bool = False
@@ -51,17 +64,17 @@ class GenerateConfig(Sampling, ModelOptions):
     """With input: prompts answered at once (default 8)."""
 
     def __post_init__(self):
-        """Refuse missing, contradicting and ignored options."""
+        """Refuse missing, contradicting and ignored options, and a file that would be lost."""
         super().__post_init__()
         modes = [name for name in ("prompt", "chat", "input") if getattr(self, name) not in (None, False)]
         if len(modes) != 1:
             found = "none of them" if not modes else " and ".join(modes)
             raise ConfigError(f"give one of --prompt, --chat and --input; found {found}")
-        for name, needed in (("output", "input"), ("batch_size", "input")):
-            if getattr(self, name) is not None and self.input is None:
-                raise ConfigError(f"{name} is set without {needed}, which it belongs to; leave it out")
-        if self.input is not None and self.output is None:
-            raise ConfigError("output is missing; name the JSONL file for the answers, as in --output answers.jsonl")
+        for name in ("output", "overwrite", "batch_size"):
+            if getattr(self, name) not in (None, False) and self.input is None:
+                raise ConfigError(f"{name} is set without input, which it belongs to; leave it out")
+        if self.input is not None:
+            self._check_output()
         if self.raw and (self.chat or self.system is not None):
             other = "chat" if self.chat else "system"
             raise ConfigError(f"raw uses no chat template and {other} needs one; leave one of them out")
@@ -73,6 +86,16 @@ class GenerateConfig(Sampling, ModelOptions):
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("the prompt is empty; give it some text")
 
+    def _check_output(self) -> None:
+        """Refuse an output that is missing, would replace the prompts, or is there already and may not be replaced."""
+        if self.output is None:
+            raise ConfigError("output is missing; name the JSONL file for the answers, as in --output answers.jsonl")
+        if os.path.exists(self.output) and not os.path.isdir(self.output):
+            if os.path.exists(self.input) and os.path.samefile(self.input, self.output):
+                raise ConfigError(f"input and output are both {self.output}; the answers need a file of their own")
+            if not self.overwrite:
+                raise ConfigError(f"{self.output} is there already; name another file, or replace it with --overwrite")
+
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of `generate_texts`."""
         return {
@@ -82,6 +105,11 @@ class GenerateConfig(Sampling, ModelOptions):
             "raw": self.raw,
             "seed": self.seed or 0,
         }
+
+    @property
+    def answering(self) -> "Adapters":
+        """The adapters that a row may name, as `ModelOptions.adapters`; with weights also their sum, called sum."""
+        return self.adapters if self.weights is None else {**self.adapters, "sum": ""}
 
     def opening(self) -> list[dict[str, str]]:
         """Return the messages that every conversation starts with."""
@@ -95,7 +123,7 @@ class GenerateConfig(Sampling, ModelOptions):
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, load the model, answer."""
     config = parse(GenerateConfig, argv, prog="python -m minitune.generate", description=__doc__.split("\n")[0])
-    rows = [] if config.input is None else read_prompts(Path(config.input))
+    rows = [] if config.input is None else read_prompts(Path(config.input), config.answering)
     model, tokenizer = config.load()
     if config.chat:
         chat(model, tokenizer, config)
@@ -136,21 +164,22 @@ def chat(model: Any, tokenizer: Any, config: GenerateConfig) -> None:
         if said == "/reset":
             messages = config.opening()
             print("(new conversation)")
-        elif said.startswith("/use "):
-            _use(model, said.removeprefix("/use ").strip())
+        elif said.split()[:1] == ["/use"]:
+            _use(model, said.removeprefix("/use").strip())
         elif said.startswith("/"):
-            print(f"unknown command {said.split()[0]}; known: /reset, /exit, /use ADAPTER")
+            print(f"unknown command {said.split()[0]}; known: /reset, /exit, /use ADAPTER, /use (the base alone)")
         elif said:
             messages = _turn(model, tokenizer, config, messages, said)
 
 
 def _use(model: Any, name: str) -> None:
-    """Switch to another of several adapters for the rest of the conversation; "base" is none of them."""
-    from minitune.model.adapter_set import choose
+    """Switch to another of several adapters for the rest of the conversation; "" and "base" are none of them."""
+    from minitune.model.adapter_set import adapter_names, choose
 
+    base = name in ("", "base") and name not in adapter_names(model)
     try:
-        choose(model, None if name == "base" else name)
-        print(f"({name} answers now)")
+        choose(model, None if base else name)
+        print(f"({'base' if base else name} answers now)")
     except MinituneError as error:
         print(f"error: {error}", file=sys.stderr)
 
@@ -186,13 +215,14 @@ def _turn(model: Any, tokenizer: Any, config: GenerateConfig, messages: list, sa
     return [*asked, {"role": "assistant", "content": answer}] if answer.strip() else messages
 
 
-def read_prompts(path: Path) -> list[dict[str, Any]]:
+def read_prompts(path: Path, adapters: Adapters = None) -> list[dict[str, Any]]:
     """Return the rows of a file of prompts, each with "prompt" (text) or "messages" (ending with the user's).
 
-    Raises DataError with file:line for a row that has neither or both, or cannot be asked.
+    Raises DataError with file:line for a row that has neither or both, cannot be asked, or names none of `adapters`.
     """
-    from minitune.data.reading import RowError, read_rows
+    from minitune.data.reading import RowError, data_path, read_rows
 
+    path = data_path(path)
     if path.suffix == ".txt":
         (_, fields), = read_rows(path)  # fmt: skip
         return [{"prompt": line} for line in fields["text"].splitlines() if line.strip()]
@@ -200,7 +230,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     for origin, fields in read_rows(path):
         if isinstance(fields, RowError):
             raise fields
-        problem = _problem(fields)
+        problem = _problem(fields) or ("adapter" in fields and _adapter_problem(fields["adapter"], adapters))
         if problem:
             raise DataError(f"{origin}: {problem}")
         rows.append(fields)
@@ -223,6 +253,18 @@ def _problem(fields: dict[str, Any]) -> str | None:
     if not good or not messages:
         return '"messages" is not a list of {"role", "content"} with text in both'
     return None if messages[-1]["role"] == "user" else "the last message is not the user's; leave the answer out"
+
+
+def _adapter_problem(name: Any, adapters: Adapters) -> str | None:
+    """Say why a row's adapter cannot answer it, None if it can; null is the base alone."""
+    if isinstance(adapters, dict):
+        if name is None or name in list(adapters):
+            return None
+        return f"no adapter is called {name!r}; there are {', '.join(adapters)}{nearest(str(name), adapters)}"
+    if name is None and adapters is None:
+        return None
+    found = "null (the base alone)" if name is None else repr(name)
+    return f'"adapter" is {found} and no adapter is loaded by name; give --adapter "[{name or "poet"}=FOLDER]"'
 
 
 def answer_file(model: Any, tokenizer: Any, config: GenerateConfig, rows: list[dict[str, Any]]) -> None:
@@ -253,17 +295,11 @@ def answer_file(model: Any, tokenizer: Any, config: GenerateConfig, rows: list[d
 
 
 def named_adapters(model: Any, rows: list[dict[str, Any]]) -> list[str | None] | None:
-    """Return the adapter of each row, that which is on where a row names none; None where no row does.
+    """Return the adapter of each row, that which is on where a row names none; None where no row does."""
+    from minitune.model.adapter_set import chosen_name
 
-    Raises ConfigError for a name that no adapter has.
-    """
-    from minitune.model.adapter_set import check_names, chosen_name
-
-    if not any("adapter" in row for row in rows):
-        return None
-    names = [row.get("adapter", chosen_name(model)) for row in rows]
-    check_names(model, names)
-    return names
+    named = any("adapter" in row for row in rows)
+    return [row.get("adapter", chosen_name(model)) for row in rows] if named else None
 
 
 if __name__ == "__main__":

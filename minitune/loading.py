@@ -1,5 +1,6 @@
 """The model that a command works on: the options that commands share, and the one way to load what they name."""
 
+import os.path
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,8 +60,10 @@ def check_adapters(
 ) -> dict[str, str] | str | None:
     """Return the option `adapter` as `load_model` takes it: a folder, or folders by name.
 
-    Raises ConfigError for several without names, and for `use` or `weights` that do not go with them.
+    Raises ConfigError for several without names or brackets, and for `use` or `weights` that do not go with them.
     """
+    if isinstance(adapter, str) and "=" in adapter and not os.path.exists(os.path.expanduser(adapter)):
+        raise ConfigError(f'adapter is {adapter}, no such folder; with names, brackets: --adapter "[{adapter}]"')
     several = {} if adapter is None or isinstance(adapter, str) else dict(one.partition("=")[::2] for one in adapter)
     if several and (len(several) < len(adapter) or not all(several.values())):
         raise ConfigError(f"adapter is {list(adapter)}; several need a name each, as [poet=FOLDER,judge=FOLDER]")

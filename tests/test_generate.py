@@ -14,6 +14,8 @@ import torch
 from minitune import decoding, evaluate, load_model, load_tokenizer
 from minitune.decoding import Answer
 from minitune.errors import CheckpointError, ConfigError, DataError
+from minitune.loading import check_adapters
+from minitune.model import adapter_set
 
 generate = importlib.import_module("minitune.generate")  # `minitune.generate` is the function
 
@@ -127,7 +129,7 @@ def test_file_of_prompts(tiny, tmp_path, capsys):
     assert "3 answers in" in capsys.readouterr().out
     lines = tmp_path / "prompts.txt"
     lines.write_text("Hi\n\nHello there, you\n")
-    run(tiny, "--input", str(lines), "--output", str(target))
+    run(tiny, "--input", str(lines), "--output", str(target), "--overwrite")
     texts = [json.loads(line) for line in target.read_text().splitlines()]
     assert [row["prompt"] for row in texts] == ["Hi", "Hello there, you"]
     assert texts[1]["answer"] == written[0]["answer"]
@@ -140,7 +142,10 @@ def test_file_of_prompts(tiny, tmp_path, capsys):
         (("--prompt", "a", "--chat"), "found prompt and chat"),
         (("--prompt", "  "), "the prompt is empty"),
         (("--prompt", "a", "--output", "x"), "output is set without input"),
+        (("--prompt", "a", "--overwrite"), "overwrite is set without input"),
         (("--input", "a.txt"), "output is missing"),
+        (("--prompt", "a", "--adapter", "poet=A,judge=B", "--use", "judge"), r'--adapter "\[poet=A,judge=B\]"'),
+        (("--prompt", "a", "--adapter", "poet=A"), r'adapter is poet=A, no such folder; .*--adapter "\[poet=A\]"'),
         (("--chat", "--raw"), "raw uses no chat template and chat needs one"),
         (("--prompt", "a", "--seed", "1"), "seed has no effect at temperature 0"),
         (("--prompt", "a", "--temperature", "1", "--seed=-1"), "seed is -1; it must be 0 or more"),
@@ -196,6 +201,73 @@ def test_rows_that_cannot_be_asked_are_named(tmp_path, row, problem):
     source.write_text(f'{{"prompt": "fine"}}\n{row}\n')
     with pytest.raises(DataError, match=f"prompts.jsonl:2: .*{problem}"):
         generate.read_prompts(source)
+
+
+BY_NAME = {"poet": "A", "judge": "B"}
+
+
+@pytest.mark.parametrize(
+    "row, adapters, problem",
+    [
+        ('{"prompt": "a", "adapter": "pot"}', BY_NAME, "no adapter is called 'pot'; there are poet, judge; .*'poet'"),
+        ('{"prompt": "a", "adapter": ["poet"]}', BY_NAME, r"no adapter is called \['poet'\]"),
+        ('{"prompt": "a", "adapter": "poet"}', None, r'is \'poet\' and .* by name; give --adapter "\[poet=FOLDER\]"'),
+        ('{"prompt": "a", "adapter": "poet"}', "A", r'give --adapter "\[poet=FOLDER\]"'),
+        ('{"prompt": "a", "adapter": null}', "A", r'null \(the base alone\) .*--adapter "\[poet=FOLDER\]"'),
+        ('{"prompt": "a", "adapter": null}', None, None),
+        ('{"prompt": "a", "adapter": null}', BY_NAME, None),
+        ('{"prompt": "a", "adapter": "judge"}', BY_NAME, None),
+    ],
+)
+def test_a_rows_adapter_is_checked_with_its_place(tmp_path, row, adapters, problem):
+    source = tmp_path / "prompts.jsonl"
+    source.write_text(f'{{"prompt": "fine"}}\n{row}\n')
+    if problem is None:
+        assert generate.read_prompts(source, adapters)[1] == json.loads(row)
+        return
+    with pytest.raises(DataError, match=f"prompts.jsonl:2: .*{problem}"):
+        generate.read_prompts(source, adapters)
+
+
+@pytest.mark.parametrize("options, known", [((), "poet, judge"), (("--weights", "[1.0,1.0]"), "poet, judge, sum")])
+def test_a_rows_adapter_is_checked_before_the_model_is_loaded(tmp_path, options, known):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "adapter": "nobody"}\n')
+    asked = ["--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    with pytest.raises(DataError, match=f"a.jsonl:1: no adapter is called 'nobody'; there are {known}$"):
+        run("no-such-model", *asked, "--adapter", "[poet=A,judge=B]", *options)
+
+
+def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path):
+    (tmp_path / "rank=8").mkdir()
+    assert check_adapters(str(tmp_path / "rank=8"), None, None) == str(tmp_path / "rank=8")
+
+
+def test_an_output_that_is_there_is_kept(tiny, tmp_path):
+    prompts, precious = tmp_path / "q.txt", tmp_path / "precious.jsonl"
+    prompts.write_text("Hello")
+    precious.write_text("twelve rows")
+    asked = ("--input", str(prompts), "--output")
+    with pytest.raises(ConfigError, match="precious.jsonl is there already; .*--overwrite"):
+        run("no-such-model", *asked, str(precious))
+    (tmp_path / "same.txt").symlink_to(prompts)
+    for target in (prompts, tmp_path / "." / "q.txt", tmp_path / "same.txt"):
+        for options in ((), ("--overwrite",)):
+            with pytest.raises(ConfigError, match="input and output are both .*a file of their own"):
+                run("no-such-model", *asked, str(target), *options)
+    assert (prompts.read_text(), precious.read_text()) == ("Hello", "twelve rows")
+    run(tiny, *asked, str(precious), "--overwrite")
+    assert json.loads(precious.read_text())["prompt"] == "Hello"
+
+
+def test_use_alone_is_the_base(monkeypatch, tiny, capsys):
+    chosen = []
+    monkeypatch.setattr(adapter_set, "choose", lambda model, name: chosen.append(name))
+    monkeypatch.setattr(adapter_set, "adapter_names", lambda model: ["poet"])
+    Terminal(monkeypatch, ["/use poet", "/use", "/use  base", "/used"])
+    run(tiny, "--chat")
+    assert chosen == ["poet", None, None]
+    said = capsys.readouterr().out
+    assert said.count("(base answers now)") == 2 and "unknown command /used" in said
 
 
 def test_the_face_is_not_hidden_by_the_command():

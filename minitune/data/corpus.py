@@ -16,6 +16,7 @@ from minitune.data.formats import FormatName, Kind, read_records
 from minitune.data.pairing import PreferenceSurvey, checked_preferences, preference_counts, survey_records
 from minitune.data.preference_formats import FORMATS_OF
 from minitune.data.preferences import Item, item_ids
+from minitune.data.reading import data_path
 from minitune.data.splits import question_key, split_by_hash
 from minitune.errors import DataError
 from minitune.files import file_sha256
@@ -26,7 +27,7 @@ class Source:
     """One data file of a mixture."""
 
     path: str
-    """The file: .jsonl, .json, .csv or .txt."""
+    """The file: .jsonl, .json, .csv or .txt; or a fetched data set's name."""
     weight: float | None = None
     """Its share of the rows of an epoch, relative to the other files' (default: every row once)."""
     format: FormatName = "auto"
@@ -171,7 +172,7 @@ def _entry(source: Source, role: str, learned: list[Item], held: list[Item], sur
     entry = {
         "path": source.path,
         "role": role,
-        "sha256": file_sha256(source.path),
+        "sha256": file_sha256(data_path(source.path)),
         "weight": source.weight,
         "format": source.format,
         "columns": source.columns,

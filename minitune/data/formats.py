@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from minitune.data.reading import RowError, first_of, read_rows
+from minitune.data.reading import RowError, data_path, first_of, read_rows
 from minitune.errors import ConfigError, DataError, nearest, type_name
 
 FormatName = Literal[
@@ -108,7 +108,7 @@ def scan_records(
     formats = formats or FORMATS
     if format != "auto" and format not in formats:
         raise ConfigError(f"unknown format '{format}'{nearest(format, formats)}; known: {', '.join(formats)}")
-    is_document = Path(path).suffix.lower() == ".txt"
+    is_document = data_path(path).suffix.lower() == ".txt"
     rows = 0
     for rows, (origin, fields) in enumerate(read_rows(path), 1):  # noqa: B007
         try:

@@ -26,7 +26,7 @@ from minitune.data.formats import (
     text_field,
 )
 from minitune.data.preference_formats import FORMATS_OF
-from minitune.data.reading import read_rows
+from minitune.data.reading import data_path, read_rows
 from minitune.errors import DataError
 
 
@@ -36,7 +36,7 @@ def read_prompts(path: str | Path) -> list[Record]:
     Where both are there, the messages are for a tokenizer with a chat template and the text for one without.
     Raises DataError with file:line for a row that cannot be asked.
     """
-    path = Path(path)
+    path = data_path(path)
     if path.suffix.lower() == ".txt":
         ((_, fields),) = read_rows(path)
         lines = enumerate(fields["text"].split("\n"), 1)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitune.errors import DataError, counted, nearest, type_name
+from minitune.sources import read_manifest, resolve
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
@@ -42,15 +43,30 @@ class _RepeatedField(ValueError):
     """A JSON object gives one field twice; Python would silently keep the last."""
 
 
+def data_path(path: str | Path) -> Path:
+    """Return the file of a data set that is known by name, as `python -m minitune.fetch` does; else the path itself.
+
+    Raises CheckpointError, naming the command that fetches it, where that has not been done.
+    """
+    name = str(path)
+    if Path(path).exists() or "/" in name:  # a path is never a name, and may be missing without a manifest
+        return Path(path)
+    entries = read_manifest()
+    known = {*entries, *(file.name for entry in entries.values() for file in entry.files)}
+    return resolve(name) if name in known else Path(path)
+
+
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict | RowError]]:
     """Yield (origin, fields) for each row of a JSONL, JSON, CSV, TSV or text file; a broken row is a RowError.
 
-    A .txt file is one row with the field "text". JSON arrays and JSON lines are told apart by their first
-    character, not by their name. Blank lines are skipped, a UTF-8 byte-order mark is accepted. Raises DataError
-    for what spoils the whole file: missing, a folder, empty, a pickle, unknown kind, not UTF-8, NUL bytes.
+    The path may be a name, as `data_path` has it. A .txt file is one row with the field "text". JSON arrays and JSON
+    lines are told apart by their first character, not by their name. Blank lines are skipped, a UTF-8 byte-order mark
+    is accepted. Raises DataError for what spoils the whole file: missing, a folder, empty, a pickle, unknown kind, not
+    UTF-8, NUL bytes.
     """
-    suffix = _checked_suffix(Path(path))
-    text = _decode(str(path), Path(path).read_bytes())
+    path = data_path(path)
+    suffix = _checked_suffix(path)
+    text = _decode(str(path), path.read_bytes())
     if suffix == ".txt":
         return iter([(f"{path}:1", {"text": text})])
     if suffix in (".csv", ".tsv"):

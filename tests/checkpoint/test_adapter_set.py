@@ -160,6 +160,7 @@ def test_what_cannot_be_put_together_is_refused(base, folders, tmp_path):
         (lambda: combine(model, "plain", {"plain": 1}), "called 'plain' already"),
         (lambda: generate_ids(model, [[1], [2]], max_new_tokens=1, adapters=["plain"]), "1 names of adapters for 2"),
         (lambda: generate_ids(model, [[1]], max_new_tokens=1, adapters=["x"]), "no adapter is called 'x'"),
+        (lambda: choose(load_model(base, adapter=folders["plain"]), None), "has no name by which to leave it out"),
         (lambda: load_model(base, adapter={"a.b": folders["plain"]}), "cannot be called 'a.b'"),
         (lambda: load_model(base, adapter={"keys": folders["plain"]}), "cannot be called 'keys'"),
     ):

@@ -1,12 +1,16 @@
 """Files of every kind, whole and broken: what is read, and the line that each complaint points at."""
 
 import csv
+import hashlib
 import json
 
 import pytest
 
-from minitune.data.reading import RowError, read_rows
-from minitune.errors import DataError
+from minitune.data.corpus import Encoding, Source, load_corpus
+from minitune.data.formats import read_records
+from minitune.data.prompts import read_prompts
+from minitune.data.reading import RowError, data_path, read_rows
+from minitune.errors import CheckpointError, DataError
 
 
 def write(tmp_path, name, content):
@@ -148,3 +152,44 @@ def test_tsv_and_text(tmp_path):
     assert list(read_rows(write(tmp_path, "a.tsv", "text\tlabel\na, b\t1\n")))[0][1] == {"text": "a, b", "label": "1"}
     path = write(tmp_path, "a.txt", "one\r\ntwo\n")
     assert list(read_rows(path)) == [(f"{path}:1", {"text": "one\r\ntwo\n"})]
+
+
+MANIFEST = """
+[demo]
+about = "two files"
+licence = "ours"
+source = "pypi"
+requirement = "demo==1"
+files = [{name = "questions", path = "data/q.jsonl"}, {name = "prose", path = "data/p.txt"}]
+"""
+
+
+def test_a_fetched_data_set_is_known_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINITUNE_WEIGHTS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "manifest.toml", MANIFEST)
+    with pytest.raises(CheckpointError, match="questions is not fetched yet; run: python -m minitune.fetch questions"):
+        read_rows("questions")
+    (tmp_path / "demo").mkdir()
+    rows = write(tmp_path / "demo", "q.jsonl", '{"instruction": "a", "output": "b"}\n')
+    prose = write(tmp_path / "demo", "p.txt", "one\ntwo\n")
+    assert list(read_rows("questions")) == list(read_rows(rows))
+    assert read_records("prose") == read_records(prose) and read_records("prose")[0].document
+    assert read_prompts("prose") == read_prompts(prose) and len(read_prompts("prose")) == 2
+    assert "is a folder; name the data files in it" in refused("demo")
+    assert refused("question") == ": no such file; check the path"
+    write(tmp_path, "questions.jsonl", '{"text": "a"}')
+    assert refused("questions.json") == ": no such file; did you mean 'questions.jsonl'?"
+    write(tmp_path, "questions", "a file of that name goes first")
+    assert data_path("questions").resolve() == tmp_path / "questions"
+
+
+def test_a_run_notes_the_sha256_of_a_named_file(tmp_path, monkeypatch, tokenizers):
+    monkeypatch.setenv("MINITUNE_WEIGHTS", str(tmp_path))
+    write(tmp_path, "manifest.toml", MANIFEST)
+    (tmp_path / "demo").mkdir()
+    rows = write(tmp_path / "demo", "q.jsonl", '{"prompt": "a", "completion": "b"}\n')
+    write(tmp_path / "demo", "p.txt", "one")
+    corpus = load_corpus([Source("questions")], [], tokenizers["chat"], Encoding(64))
+    assert corpus.files[0]["path"] == "questions"
+    assert corpus.files[0]["sha256"] == hashlib.sha256(rows.read_bytes()).hexdigest()
