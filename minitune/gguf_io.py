@@ -4,11 +4,13 @@ The package's own makes several array views for each element of an array, 2.7 s 
 (2 cores; time `gguf.GGUFReader(path)`), and believes every count. Here an array is one checked pass.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+from gguf.quants import quant_shape_to_byte_shape
 
 from minitune.errors import CheckpointError
 
@@ -39,12 +41,24 @@ class _Reader(gguf.GGUFReader):
             parts.append(raw[start:at])
         return at - orig_offs, parts, list(range(count)), types
 
+    def _build_tensors(self, start_offs, fields):
+        """Note where tensors lie; the package's own also makes views, which none beyond the file's end can have."""
+        names = set()
+        for field in fields:
+            _, name, _, dims, kind, offset = field.parts
+            name, kind, shape = str(bytes(name), "utf-8"), gguf.GGMLQuantizationType(kind[0]), dims.tolist()[::-1]
+            if name in names:
+                raise ValueError(f"there are two tensors {name}")
+            names.add(name)
+            size, at = math.prod(quant_shape_to_byte_shape(shape, kind)), start_offs + int(offset[0])
+            self.tensors.append(gguf.ReaderTensor(name, kind, dims, math.prod(shape), size, at, None, field))
 
-def read_file(path: Path, *, arrays: bool) -> tuple[dict[str, Any], list[gguf.ReaderTensor]]:
+
+def read_file(path: Path, *, arrays: bool, whole: bool = True) -> tuple[dict[str, Any], list[gguf.ReaderTensor]]:
     """Return a file's metadata, with None for each array unless `arrays`, and where its tensors lie.
 
     Counts are bounded before any is believed. Raises CheckpointError for a file that is missing, not GGUF, truncated
-    or damaged.
+    or damaged; with `whole` false, tensors may end beyond the file, which can then be described but not read.
     """
     try:
         with open(path, "rb") as stream:
@@ -58,6 +72,13 @@ def read_file(path: Path, *, arrays: bool) -> tuple[dict[str, Any], list[gguf.Re
         raise CheckpointError(f"{path} is damaged: {tensors:,} tensors and {fields:,} fields in {size:,} bytes")
     try:
         reader = _Reader(path)
+        beyond = [tensor for tensor in reader.tensors if tensor.data_offset + tensor.n_bytes > size]
+        if whole and beyond:
+            first = min(beyond, key=lambda tensor: tensor.data_offset)
+            raise ValueError(
+                f"the tensor {first.name} ends at byte {first.data_offset + first.n_bytes:,}, the file at {size:,}; "
+                f"{len(beyond):,} of its {len(reader.tensors):,} tensors end beyond it"
+            )
         return {name: _value(field, arrays) for name, field in reader.fields.items()}, reader.tensors
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from None

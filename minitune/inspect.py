@@ -2,10 +2,12 @@
 
 Only configs, headers and tokenizers are read, never a weight: a header of 8 bytes to a few MB says where each tensor
 lies and what it is, so 100 GB are described as quickly as 100 MB. What loading would refuse is a problem: all of them
-are listed, and the exit code is 1. What it would take is a note. A NaN in a weight is for loading to find.
+are listed, and the exit code is 1. What it would take is a note. A NaN in a weight is for loading to find, as is a
+changed byte in a checkpoint's tensors. The exit code is 2 where one of the paths is nothing to describe.
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 from minitune.cli import parse
 from minitune.errors import CheckpointError, DataError, MinituneError, counted, run_command
+from minitune.reporting.facts import as_text
 
 _NAMES = {  # fields of ModelConfig that are always shown, as what
     "family": "family", "num_layers": "layers", "hidden_size": "width", "intermediate_size": "feed-forward width",
@@ -33,7 +36,7 @@ class InspectConfig:
 
     Args:
         paths: names in the manifest, Hugging Face folders, GGUF files, adapters' or runs' folders.
-        json: print JSON instead of text.
+        json: print JSON instead of text: an object, or a list of them where several paths are given.
     """
 
     paths: tuple[str, ...]
@@ -53,19 +56,31 @@ class Findings:
         try:
             return function(*arguments, **options)
         except MinituneError as error:
-            self.problems += getattr(error, "problems", None) or [" ".join(str(error).split())]
+            found = getattr(error, "problems", None) or [" ".join(str(error).split())]
+            # Weights and tokenizer may be one file, which is found at fault twice.
+            self.problems += [problem for problem in found if problem not in self.problems]
             return None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what `argv` names; return 1 where something of it cannot be loaded."""
+    """Print what `argv` names; return 1 where something of it cannot be loaded, 2 where it is not there."""
     config = parse(
         InspectConfig, argv, prog="python -m minitune.inspect", positional="paths",
         description="Say what a checkpoint, an adapter or a run is, without loading its weights.",
     )  # fmt: skip
-    found = [describe(path) for path in config.paths]
-    print("\n\n".join(json.dumps(facts, indent=2, default=str) if config.json else as_text(facts) for facts in found))
-    return int(any(facts["problems"] for facts in found))
+    found, missing = [], []
+    for path in config.paths:
+        try:
+            found.append(describe(path))
+        except MinituneError as error:
+            missing.append(" ".join(str(error).split()))
+    if found and config.json:
+        print(json.dumps(found if len(config.paths) > 1 else found[0], indent=2, default=str))
+    elif found:
+        print("\n\n".join(map(as_text, found)))
+    for line in missing:
+        print(f"error: {line}", file=sys.stderr)
+    return 2 if missing else int(any(facts["problems"] for facts in found))
 
 
 def describe(name_or_path: str | Path) -> dict[str, Any]:
@@ -101,7 +116,7 @@ def _model(path: Path, findings: Findings) -> dict[str, Any]:
     if (path / "config.json").is_file():
         settings, tensors = _open_folder(path, findings)
     else:
-        settings, tensors = findings.attempt(open_model, path) or ({}, {})
+        settings, tensors = findings.attempt(open_model, path) or _open_truncated(path, findings)
     quantization = settings.pop("quantization_config", None)
     config = findings.attempt(_config, settings, path) if settings else None
     named = {own_name(config, name): tensor for name, tensor in tensors.items()} if config else tensors
@@ -121,6 +136,14 @@ def _open_folder(path: Path, findings: Findings) -> tuple[dict[str, Any], dict[s
         findings.attempt(check_settings, settings["quantization_config"], path)
         tensors = findings.attempt(group, tensors) or tensors
     return settings, tensors
+
+
+def _open_truncated(path: Path, findings: Findings) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Return what a GGUF file says of itself that cannot be opened: its tensors may end beyond it."""
+    from minitune.checkpoint.gguf import open_gguf
+
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    return (findings.attempt(open_gguf, files[0], whole=False) if len(files) == 1 else None) or ({}, {})
 
 
 def _config(settings: dict[str, Any], path: Path) -> Any:
@@ -225,11 +248,13 @@ def _tokenizer(path: Path, findings: Findings, rows: int | None) -> dict[str, An
         return {"tokenizer": None, "template": None}
     if rows is not None:
         findings.attempt(tokenizer.check_fits, rows)
+    named = tokenizer.special.values()
     facts = {
         "kind": tokenizer.kind,
         "tokens": tokenizer.vocab_size,
         "spare rows in the embedding": None if rows is None else max(0, rows - tokenizer.vocab_size),
         "special": {name: f"{token} ({tokenizer.control_ids.get(token)})" for name, token in tokenizer.special.items()},
+        "others added": [f"{token} ({id})" for token, id in tokenizer.added_ids.items() if token not in named],
         "ends a turn": list(tokenizer.end_ids),
         "puts BOS before a text": tokenizer.add_bos,
     }
@@ -280,11 +305,19 @@ def _adapter(path: Path, findings: Findings) -> dict[str, Any]:
     facts = {
         "adapter": shown | {"modules in the file": modules},
         "parts": _by_part(tensors),
-        "base quantised": "no, or unsaid" if quantization is None else str(quantization),
+        "base quantised": "no, or unsaid" if quantization is None else _in_words(quantization),
     }
     if settings and findings.attempt(read_config, path / CONFIG) and tensors:
         findings.attempt(_check_adapter, path, settings.get("base_model_name_or_path"), findings)
     return facts
+
+
+def _in_words(quantization: Any) -> str:
+    """Return a QuantizationConfig as "nf4, blocks of 64, double quantisation"."""
+    if quantization.kind == "int8":
+        return "int8"
+    double = ", double quantisation" if quantization.double_quant else ""
+    return f"{quantization.kind}, blocks of {quantization.block_size}{double}"
 
 
 def _check_adapter(path: Path, base: Any, findings: Findings) -> None:
@@ -310,20 +343,19 @@ def _check_adapter(path: Path, base: Any, findings: Findings) -> None:
 
 def _run(path: Path, findings: Findings) -> dict[str, Any]:
     """Describe a run: how far it came, and the adapter or model that it left, whose problems are the run's."""
+    from minitune.files import read_json
+    from minitune.training.config import TrainConfig
     from minitune.training.state import checkpoints
 
+    findings.attempt(parse, TrainConfig, ["--config", str(path / "config.yaml")], prog="", description="")
+    findings.attempt(read_json, path / "environment.json")
     folders, progress = checkpoints(path / "checkpoints"), {}
     for folder in folders:
-        try:
-            progress = dict(json.loads((folder / "state.json").read_text(encoding="utf-8"))["progress"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            findings.notes.append(f"{folder / 'state.json'} is missing or damaged; the checkpoint cannot be resumed")
+        progress = findings.attempt(_checkpoint, folder, findings) or progress
     kept = ("step", "tokens", "target_tokens", "seconds", "best_step", "best_loss")
-    facts = {
-        "checkpoints": [folder.name for folder in folders],
-        "last": {name: progress.get(name) for name in kept} if progress else None,
-        "result": None,
-    }
+    if progress:
+        progress = {name: progress.get(name) for name in kept} | {"seconds": round(progress.get("seconds", 0), 3)}
+    facts = {"checkpoints": [folder.name for folder in folders], "last": progress or None, "result": None}
     result = next((path / name for name in ("adapter", "model") if (path / name).is_dir()), None)
     if result is None:
         findings.notes.append("the run has left no adapter and no model yet; go on with --resume")
@@ -331,6 +363,19 @@ def _run(path: Path, findings: Findings) -> dict[str, Any]:
     left = describe(result)
     findings.problems += left["problems"]
     return facts | {"result": left}
+
+
+def _checkpoint(folder: Path, findings: Findings) -> dict[str, Any]:
+    """Return the progress that a checkpoint holds; CheckpointError where its state is damaged."""
+    from minitune.safetensors_io import read_header
+    from minitune.training.state import FILES, read_state
+
+    for name in FILES:
+        findings.attempt(read_header, folder / f"{name}.safetensors")
+    progress = read_state(folder)["progress"]
+    if (best := progress.get("best_step")) is not None:
+        findings.attempt(read_header, folder.parent / f"best-{best:07d}" / "weights.safetensors")
+    return progress
 
 
 def _files(path: Path, findings: Findings) -> list[dict[str, Any]]:
@@ -342,55 +387,6 @@ def _files(path: Path, findings: Findings) -> list[dict[str, Any]]:
             f"pickles lie beside, which run code when loaded; they are not used: {', '.join(pickles)}"
         )
     return [{"file": file.name, "bytes": file.stat().st_size} for file in files]
-
-
-def as_text(facts: Mapping[str, Any]) -> str:
-    """Return what `describe` found as lines to read."""
-    lines = [f"{facts['path']}: {facts['kind']}"]
-    for name, value in facts.items():
-        if name in ("path", "kind"):
-            continue
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += [name, *_table(value)]
-        elif isinstance(value, dict) and "kind" in value and "path" in value:
-            lines += [name, *(f"  {line}" for line in as_text(value).split("\n"))]
-        elif isinstance(value, dict):
-            width = max(map(len, value), default=0) + 2
-            lines += [name, *(f"  {key:{width}}{_shown(content)}" for key, content in value.items())]
-        elif name in ("problems", "notes") and value:
-            lines += [name, *(f"  {line}" for line in value)]
-        else:
-            lines.append(f"{name:18}{_shown(value)}")
-    # Names come from files of strangers, and a terminal obeys control characters.
-    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
-
-
-def _shown(value: Any) -> str:
-    """Return a value as a word or a few."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_shown(content)}" for key, content in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        words = list(map(_shown, value))
-        kinds = {word: words.count(word) for word in dict.fromkeys(words)} if len(words) > 8 else {}
-        if 0 < len(kinds) < 5:
-            words = [f"{count} x {word}" for word, count in kinds.items()]
-        return ", ".join(words if len(words) <= 64 else [*words[:4], f"... ({len(words):,})"]) or "none"
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return rows under their heading as lines: words to the left, numbers to the right."""
-    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
-    sides = [(">" if type(value) is int else "<") for value in rows[0].values()]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            ["", *(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True))]
-        ).rstrip()
-        for line in cells
-    ]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What `inspect` says of models, adapters and runs, and that it reads no weight to say it."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,12 @@ from minitune.errors import CheckpointError
 from minitune.inspect import as_text, describe, main
 from minitune.model.config import LoRAConfig
 from minitune.model.lora import add_lora
+from minitune.ops.quantization import QuantizationConfig
+from minitune.text.tokenizer import load_tokenizer
+from minitune.training.config import OptimizerConfig
+from minitune.training.optimizer import Optimizer
+from minitune.training.state import Progress, save_best, save_checkpoint
+from tests.checkpoint.test_gguf import write_tiny
 
 
 @pytest.fixture
@@ -228,23 +236,107 @@ def test_an_adapter_of_another_base_and_one_without_base(tiny_folder, folder, tm
     assert any("peft_type" in problem for problem in describe(tmp_path / "b")["problems"])
 
 
-def test_a_run_is_described_with_what_it_left(folder, tmp_path, capsys):
-    run = tmp_path / "run"
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run that was stopped after step 4, with the checkpoints of steps 2 and 4."""
+    parameters = {"a.weight": torch.nn.Parameter(torch.ones(4, 3))}
+    optimizer = Optimizer(parameters, OptimizerConfig())
+    parameters["a.weight"].grad = torch.ones(4, 3)
+    optimizer.step(1e-3)
+    root = tmp_path / "run" / "checkpoints"
     for step in (2, 4):
-        (run / "checkpoints" / f"step-{step:07d}").mkdir(parents=True)
-        state = {"progress": {"step": step, "tokens": 1234, "best_step": 2, "best_loss": 1.5}}
-        (run / "checkpoints" / f"step-{step:07d}" / "state.json").write_text(json.dumps(state))
-    (run / "config.yaml").write_text("method: lora\n")
-    facts = describe(run)
-    assert facts["checkpoints"] == ["step-0000002", "step-0000004"] and facts["last"]["step"] == 4
-    assert facts["result"] is None and "no adapter and no model yet" in facts["notes"][0]
+        save_best(root, parameters, 2)
+        progress = Progress(step=step, tokens=1234, best_step=2, best_loss=1.5, seconds=19.116940774991235)
+        save_checkpoint(root, parameters, optimizer, progress, {"seed": 0}, keep=2)
+    (tmp_path / "run" / "config.yaml").write_text("method: lora\ndata: rows.jsonl\n")
+    (tmp_path / "run" / "environment.json").write_text("{}")
+    return tmp_path / "run"
+
+
+def test_a_run_is_described_with_what_it_left(folder, run, capsys, request):
     model = load_model(folder)
     add_lora(model, LoRAConfig(rank=4, target_modules=("q_proj",)))
+    request.getfixturevalue("no_weights")
+    facts = describe(run)
+    assert facts["checkpoints"] == ["step-0000002", "step-0000004"] and facts["last"]["step"] == 4
+    assert facts["last"]["seconds"] == 19.117 and facts["problems"] == []
+    assert facts["result"] is None and "no adapter and no model yet" in facts["notes"][0]
     save_adapter(model, run / "adapter", str(folder))
-    assert describe(run)["result"]["kind"] == "adapter, PEFT folder"
+    facts = describe(run)
+    assert facts["result"]["kind"] == "adapter, PEFT folder" and facts["problems"] == [] == facts["notes"]
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    (run / "checkpoints" / "step-0000002" / "state.json").write_text("[1]")
-    assert "state.json is missing or damaged" in describe(run)["notes"][0]
     assert main([str(run)]) == 1
     text = capsys.readouterr().out
     assert text.count("is not a whole safetensors file") == 2  # of the run, and of its adapter
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("name, damage, expected", [
+    ("checkpoints/step-0000004/optimizer.safetensors", cut, "is not a whole safetensors file"),
+    ("checkpoints/step-0000002/weights.safetensors", cut, "is not a whole safetensors file"),
+    ("checkpoints/step-0000004/window.safetensors", Path.unlink, "does not exist"),
+    ("checkpoints/best-0000002/weights.safetensors", Path.unlink, "does not exist"),
+    ("checkpoints/step-0000004/state.json", cut, "is missing or damaged"),
+    ("checkpoints/step-0000004/state.json", lambda file: file.write_text("[1]"), "is missing or damaged"),
+    ("checkpoints/step-0000004/state.json", lambda file: file.write_text(file.read_text().replace("1234", "1235")),
+     "is missing or damaged"),
+    ("checkpoints/step-0000004/state.json", Path.unlink, "is missing or damaged"),
+    ("config.yaml", lambda file: file.write_text("a: ["), "broken YAML"),
+    ("config.yaml", lambda file: file.write_text("method: lira"), "lira"),
+    ("config.yaml", lambda file: file.write_text("rnk: 3"), "rnk"),
+    ("environment.json", lambda file: file.write_text("{"), "not valid JSON"),
+])  # fmt: skip
+def test_what_resuming_would_refuse_is_a_problem(run, capsys, no_weights, name, damage, expected):
+    assert main([str(run)]) == 0
+    damage(run / name)
+    assert main([str(run)]) == 1
+    (problem,) = describe(run)["problems"]
+    assert str(run / name) in problem and expected in problem
+
+
+def test_a_truncated_gguf_is_described_and_named_once(tmp_path, capsys):
+    path = write_tiny(tmp_path / "tiny.gguf")
+    whole = describe(path)
+    with open(path, "r+b") as stream:
+        stream.truncate(path.stat().st_size // 2)
+    facts = describe(path)
+    (problem,) = [problem for problem in facts["problems"] if "ends at byte" in problem]
+    assert "the tensor blk." in problem and "reshape" not in problem
+    assert facts["model"] == whole["model"] and facts["parts"] == whole["parts"]
+    assert main([str(path)]) == 1 and capsys.readouterr().out.count("ends at byte") == 1
+
+
+def test_several_paths_are_one_document_and_a_missing_one_is_named_last(folder, tmp_path, capsys):
+    other, absent = tmp_path / "other", tmp_path / "absent"
+    shutil.copytree(folder, other)
+    assert main(["--json", str(folder)]) == 0 and json.loads(capsys.readouterr().out)["path"] == str(folder)
+    assert main(["--json", str(folder), str(other)]) == 0
+    assert [facts["path"] for facts in json.loads(capsys.readouterr().out)] == [str(folder), str(other)]
+    for options, count in (([], 2), (["--json"], 2)):
+        assert main([*options, str(folder), str(absent), str(other)]) == 2
+        printed = capsys.readouterr()
+        assert printed.out.count("model, Hugging Face folder") == count
+        assert printed.err.startswith(f"error: {absent}") and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("quantization, words", [
+    (QuantizationConfig(), "nf4, blocks of 64, double quantisation"),
+    (QuantizationConfig("fp4", 128, False), "fp4, blocks of 128"), (QuantizationConfig("int8"), "int8"),
+])  # fmt: skip
+def test_the_quantisation_of_an_adapters_base_is_said_in_words(tiny_folder, tmp_path, quantization, words):
+    folder = tiny_folder(tmp_path / "m", hidden_size=64, intermediate_size=128)
+    model = load_model(folder, quantize=quantization, keep_quantized=False)
+    add_lora(model, LoRAConfig(rank=4, target_modules=("q_proj",)))
+    save_adapter(model, tmp_path / "a", str(folder))
+    assert describe(tmp_path / "a")["base quantised"] == words
+
+
+def test_added_tokens_are_listed(folder):
+    listed = describe(folder)["tokenizer"]["others added"]
+    special = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"}
+    assert {token.split()[0] for token in listed} < special and "<|im_start|> (257)" in listed
+    load_tokenizer(folder).with_tokens(["<tool>"]).save(folder)
+    assert describe(folder)["tokenizer"]["others added"] == [*listed, "<tool> (260)"]

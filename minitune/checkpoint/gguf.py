@@ -119,22 +119,23 @@ class QuantisedTensor:
                     target.index_copy_(0, places[start:end].to(target.device), chunk.to(target.device, target.dtype))
 
 
-def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
+def open_gguf(path: Path, *, whole: bool = True) -> tuple[dict[str, Any], dict[str, QuantisedTensor]]:
     """Return a GGUF file's content of `config.json` and its tensors under our names, which are Hugging Face's for most.
 
-    Tensors that have no such name keep the file's own.
+    Tensors that have no such name keep the file's own. With `whole` false, some may lie beyond the file's end.
 
     Raises:
         CheckpointError: not GGUF, truncated, counts that cannot be, or an architecture or field not known here.
         ConfigError: metadata that amounts to no model.
     """
-    metadata, stored = read_file(path, arrays=False)
+    metadata, stored = read_file(path, arrays=False, whole=whole)
     shapes = {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in stored}
+    size, ends = path.stat().st_size, {item.name: item.data_offset + item.n_bytes for item in stored}
     places = {item.name: (path, item.tensor_type, shapes[item.name], item.data_offset) for item in stored}
 
     def vector(name: str) -> list[float]:
-        if name not in places or len(shapes[name]) != 1 or shapes[name][0] > _VECTOR:
-            raise CheckpointError(f"{path}: {name} is missing, or no vector: {shapes.get(name)}")
+        if name not in places or len(shapes[name]) != 1 or shapes[name][0] > _VECTOR or ends[name] > size:
+            raise CheckpointError(f"{path}: {name} is missing, beyond the file's end or no vector: {shapes.get(name)}")
         values = torch.empty(shapes[name])
         QuantisedTensor(*places[name]).read_into(values)
         return [float(str(value)) for value in values.numpy()]  # the shortest decimals

@@ -117,6 +117,11 @@ class Tokenizer:
         control |= dict.fromkeys(token for token in others if token in turns)
         return {token: id for token in control if (id := self._encoder.find(token)) is not None}
 
+    @property
+    def added_ids(self) -> dict[str, int]:
+        """Literal -> id of every token that is found in text before it is cut into pieces, control or not."""
+        return {token: id for token, (id, _) in self._encoder.added.items()}
+
     @cached_property
     def _guarded(self) -> frozenset[int]:
         """Ids that text must not give; the unknown token is what text gives by its nature."""

@@ -174,7 +174,7 @@ def change(old, new):
 @pytest.mark.parametrize(
     "old, new, expected",
     [
-        (b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight", "duplicated tensor with name blk.0.ffn_up.weight"),
+        (b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight", "there are two tensors blk.0.ffn_up.weight"),
         (b"llama.embedding_length", b"llama.attention.head_c", "the field llama.attention.head_c is not known"),
         (b"general.architecture", b"general.architectura", "architecture None is not supported"),
         (b"blk.1.ffn_up.weight", b"blk.1.ffn_op.weight", "blk.1.ffn_op.weight is not part of this model"),
@@ -248,6 +248,23 @@ def test_wrong_magic_and_truncation(tmp_path):
         path.write_bytes(whole)
         message = damaged(path, lambda content, length=length: content.__delitem__(slice(length, None)))
         assert "truncated" in message or "not a GGUF" in message or "damaged" in message
+
+
+def test_a_file_that_ends_early_names_its_first_lost_tensor(tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf")
+    last = gguf.GGUFReader(path).tensors[-2:]  # the package's reader says where they lie
+    ends = [int(tensor.data_offset + tensor.n_bytes) for tensor in last]
+    count = len(gguf.GGUFReader(path).tensors)
+    message = damaged(path, lambda content: content.__delitem__(slice(ends[0] - 1, None)))
+    assert f"the tensor {last[0].name} ends at byte {ends[0]:,}, the file at {ends[0] - 1:,}; " in message
+    assert f"2 of its {count} tensors" in message
+    write_tiny(path)
+    message = damaged(path, lambda content: content.__delitem__(slice(ends[1] - 1, None)))
+    assert f"the tensor {last[1].name} ends at byte {ends[1]:,}" in message and f"; 1 of its {count}" in message
+    write_tiny(path)
+    with open(path, "r+b") as stream:
+        stream.truncate(ends[1])  # what pads the last tensor may be lacking
+    load_model(path)
 
 
 def test_absurd_counts_are_refused_within_a_second(tmp_path):
