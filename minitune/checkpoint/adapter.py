@@ -347,6 +347,8 @@ def _saved_beside(model: Transformer, adapters: dict[str, LoRA]) -> tuple[dict[s
     config, own = model.config, {n: p for n, p in model.named_parameters() if ".lora." not in n and n != "score.weight"}
     trained = [name for name, parameter in own.items() if parameter.requires_grad]
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained if not name.endswith(".bias")))
+    if both := adapters.keys() & set(modules):
+        raise CheckpointError(f"{min(both)} has an adapter and trains whole too, which no adapter's file can say")
     loose = {name for name in trained if name.rpartition(".")[0] not in modules}  # biases without their weight
     biases = {name for name in own if name.endswith(".bias")}
     adapted = {f"{path}.bias" for path in adapters} & biases

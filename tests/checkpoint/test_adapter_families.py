@@ -11,6 +11,7 @@ from minitune.checkpoint.adapter import load_adapter, save_adapter
 from minitune.checkpoint.huggingface import save_model
 from minitune.checkpoint.load import load_model
 from minitune.checkpoint.merge import merge
+from minitune.errors import CheckpointError
 from minitune.model.lora import add_lora
 from minitune.model.lora_config import LoRAConfig
 
@@ -95,3 +96,11 @@ def test_ours_is_written_under_the_checkpoints_names(family, tmp_path):
     assert fields["fan_in_fan_out"] is (name == "gpt2")
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path).eval()
     assert relative(model(IDS), theirs(IDS).logits) < 1e-5
+
+
+def test_a_layer_that_trains_whole_beside_its_adapter_is_not_saved_as_one(tiny_folder, tmp_path):
+    model = load_model(tiny_folder(tmp_path / "base"))
+    add_lora(model, LoRAConfig(rank=2))
+    model.requires_grad_(True)
+    with pytest.raises(CheckpointError, match="has an adapter and trains whole too"):
+        save_adapter(model, tmp_path / "adapter")
