@@ -33,7 +33,7 @@ def apart(ours, theirs):
 
 def matrices(path):
     """Return the stored bytes of every matrix, but for learned positions, which are fp32 beside any other dtype."""
-    tensors = read_file(path, arrays=False)[1]
+    tensors = gguf.GGUFReader(path).tensors
     return {t.name: bytes(t.data) for t in tensors if len(t.shape) == 2 and "position" not in t.name}
 
 

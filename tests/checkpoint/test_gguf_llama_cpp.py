@@ -1,12 +1,12 @@
 """llama.cpp judges GGUF: its converter's files are read, ours hold the same bits, and it answers as the engine does."""
 
+import gguf
 import pytest
 import torch
 
 from minitune.checkpoint.gguf_writer import save_gguf
 from minitune.checkpoint.load import load_model, load_tokenizer
 from minitune.errors import CheckpointError
-from minitune.gguf_io import read_file
 from minitune.sources import resolve
 from tests.checkpoint.gguf_cases import CASES, NAMES, folder_of
 from tests.checkpoint.llama_cpp import LlamaCpp, convert, home
@@ -51,7 +51,7 @@ def test_its_converter_and_our_writer_store_the_same(case, folders, tmp_path):
     for kind, dtype in (("f32", "float32"), ("bf16", "bfloat16"), ("q8_0", "q8_0")):
         path = tmp_path / f"{kind}.gguf"
         save_gguf(model, None, path, dtype=dtype)
-        theirs, ours = ({t.name: t for t in read_file(p, arrays=False)[1]} for p in (folder / path.name, path))
+        theirs, ours = ({t.name: t for t in gguf.GGUFReader(p).tensors} for p in (folder / path.name, path))
         assert theirs.keys() == ours.keys()
         for name, tensor in theirs.items():
             data = ours[name].data[:rows] if name == "token_embd.weight" else ours[name].data
