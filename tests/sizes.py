@@ -13,7 +13,7 @@ CORE = ("ops", "model", "losses", "text", "checkpoint", "training", "decoding.py
 # more families in and out (2,100 of the core: 700 GGUF and its tokenizers, 500 tables of fields, 550 what PEFT's
 # adapters can be), and evaluation against references (850 of the library). The loop and the losses did not grow by
 # it, the transformer did by 60 lines.
-CORE_LIMIT, LIBRARY_LIMIT, FILE_LIMIT, FUNCTION_LIMIT = 6500, 12600, 300, 50
+CORE_LIMIT, LIBRARY_LIMIT, FILE_LIMIT, FUNCTION_LIMIT = 6700, 17500, 300, 50
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -13,10 +13,11 @@ from tests.sizes import ROOT, sources
 FLOORS = [
     {"codebooks", "errors", "strict_json"},
     {"files", "gguf_io", "kernels", "safetensors_io"},
-    {"cli", "device", "sampling", "sources", "ops", "text"},
+    {"cli", "device", "endpoint", "sampling", "sources", "ops", "text"},
     {"model", "data", "losses"},
-    {"checkpoint", "decoding", "memory", "reporting"},
+    {"checkpoint", "curation", "decoding", "memory", "reporting"},
     {"training", "evaluation", "loading"},
+    {"responder"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 DOORS = {path.stem for path in (ROOT / "minitune").glob("*.py")} - FLOOR.keys() - {"__init__"}
