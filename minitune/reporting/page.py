@@ -181,8 +181,20 @@ def _up(value: float, low: float, high: float) -> float:
     return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - 20)
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return round values within a range, apart by 1, 2 or 5 times a power of ten."""
+def ticks(low: float, high: float, about: int = 5, log: bool = False) -> list[float]:
+    """Return round values within a range, apart by 1, 2 or 5 times a power of ten.
+
+    A logarithmic range is given in logarithms to base 10, and so are the values: those of 1, 2, 5, 10, 20, ... or of
+    powers of ten alone, or of equal steps where fewer than two of these lie within.
+    """
+    if log:
+        steps = (1, 2, 5) if high - low < 2.5 else (1,)
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        values = [power + math.log10(step) for power in powers for step in steps]
+        inside = [value for value in values if low <= value <= high]
+        if len(inside) > 1:
+            return inside[:: -(-len(inside) // 8)]
+        return [math.log10(value) for value in ticks(10.0**low, 10.0**high, about)]
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
@@ -197,12 +209,12 @@ def _frame(
     """Return the axes with round values, none below where there is no range, and the top of the vertical one."""
     bottom = HEIGHT - BOTTOM
     shapes = []
-    for value in ticks(low, high):
+    for value in ticks(low, high, log=log_y):
         y = _up(value, low, high)
         shapes.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
         shapes.append(_label(LEFT - 6, y + 4, number(10.0**value if log_y else value), "end"))
     if left is not None and right is not None:
-        for value in ticks(left, right, 6):
+        for value in ticks(left, right, 6, log_x):
             x = LEFT + (value - left) / (right - left) * (WIDTH - LEFT - 8)
             shapes.append(_label(x, bottom + 16, number(10.0**value if log_x else value)))
     shapes.append(_label((LEFT + WIDTH) / 2, HEIGHT - 6, escape(x_label or y_label)))
