@@ -244,7 +244,11 @@ def mixed_counts(sizes: Sequence[int], weights: Sequence[float | None]) -> list[
     for number, weight in enumerate(weights, 1):
         if weight is None or not 0 < weight < float("inf"):
             raise ConfigError(f"weight {weight} of data source {number}: must be a number above 0")
-    total = sum(sizes)
+    return apportion(sum(sizes), weights)
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Return `total` in whole parts by weight: rounded down, then the largest remainders up (Hamilton's method)."""
     shares = [total * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])

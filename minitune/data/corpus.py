@@ -6,13 +6,14 @@ a resumed run asks for batch i and gets the same rows as a run that was never in
 and a position of its own was rejected: batches of token ids are made in a millisecond.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from minitune.data.batching import Batch, collate, collate_preferences, mix, plan_items
 from minitune.data.examples import Example, Survey, TrainOn, Truncate, row_origin
-from minitune.data.formats import FormatName, Kind, read_records
+from minitune.data.formats import FormatName, Kind, RowSource, read_records
 from minitune.data.pairing import PreferenceSurvey, checked_preferences, preference_counts, survey_records
 from minitune.data.preference_formats import FORMATS_OF
 from minitune.data.preferences import Item, item_ids
@@ -125,14 +126,14 @@ def load_corpus(
     """
     taught, held, files = [], [], []
     for source in training:
-        learned, kept, survey = _split(source, tokenizer, encoding, kind, held_out, seed)
+        learned, kept, survey, origins = _split(source, tokenizer, encoding, kind, held_out, seed)
         taught.append((learned, source.weight))
         held += kept
-        files.append(_entry(source, "training", learned, kept, survey))
+        files.append(_entry(source, "training", learned, kept, survey, origins))
     for source in validation:
-        _, kept, survey = _split(source, tokenizer, encoding, kind, 1, seed)
+        _, kept, survey, origins = _split(source, tokenizer, encoding, kind, 1, seed)
         held += kept
-        files.append(_entry(source, "validation", [], kept, survey))
+        files.append(_entry(source, "validation", [], kept, survey, origins))
     taught = [(items, weight) for items, weight in taught if items]
     if not taught:
         raise DataError("no row is left to train on; lower validation_fraction or give more rows")
@@ -144,18 +145,20 @@ def load_corpus(
 
 def _split(
     source: Source, tokenizer: Any, encoding: Encoding, kind: Kind, share: float, seed: int
-) -> tuple[list[Item], list[Item], Survey]:
+) -> tuple[list[Item], list[Item], Survey, dict[str, RowSource]]:
     """Return (training, validation) items by their rows' questions, a text file's windows by their place in it.
 
-    The rows are encoded before they are split: a part whose rows are all left out is empty, not an error.
+    The rows are encoded before they are split: a part whose rows are all left out is empty, not an error. Last come
+    the places at which rows that `prepare` wrote were first read, by their origins.
     """
     records = read_records(source.path, source.format, source.columns, FORMATS_OF[kind])
     survey = survey_records(kind, records, tokenizer, **vars(encoding))
     if problem := survey.problem():
         raise DataError(problem)
     items = survey.examples
+    sources = {record.origin: record.source for record in records if record.source}
     if share in (0, 1):
-        return (items, [], survey) if share == 0 else ([], items, survey)
+        return (items, [], survey, sources) if share == 0 else ([], items, survey, sources)
     questions = {record.origin: question_key(record) for record in records if not record.document}
     parts = split_by_hash(
         items,
@@ -163,11 +166,17 @@ def _split(
         seed,
         lambda item: questions.get(row_origin(item), item.origin),
     )
-    return parts["training"], parts["validation"], survey
+    return parts["training"], parts["validation"], survey, sources
 
 
-def _entry(source: Source, role: str, learned: list[Item], held: list[Item], survey: Survey) -> dict[str, Any]:
-    """Describe a file for the run folder; of preferences also the answers' tokens and what was left out."""
+def _entry(
+    source: Source, role: str, learned: list[Item], held: list[Item], survey: Survey, sources: dict[str, RowSource]
+) -> dict[str, Any]:
+    """Describe a file for the run folder; of preferences also the answers' tokens and what was left out.
+
+    Of a file that `prepare` wrote, `origins` counts the examples (training ones, else those held out) by the file and
+    the role that they had there.
+    """
     documents = [document for item in learned for document in item.documents]
     entry = {
         "path": source.path,
@@ -180,8 +189,14 @@ def _entry(source: Source, role: str, learned: list[Item], held: list[Item], sur
         "validation_examples": len(held),
         "training_tokens": sum(len(document.ids) for document in documents),
         "target_tokens": sum(sum(document.targets) for document in documents),
+        "shortened": survey.shortened,
+        "dropped": survey.dropped,
     }
+    if sources:
+        rows = [sources[row] for row in map(row_origin, learned or held) if row in sources]
+        counts = Counter((row.file, row.role) for row in rows)
+        entry["origins"] = [{"path": path, "role": role, "examples": n} for (path, role), n in counts.items()]
     if isinstance(survey, PreferenceSurvey):
         entry |= preference_counts(learned or held)
-        entry |= {name: getattr(survey, name) for name in ("tied", "equal", "shortened", "dropped")}
+        entry |= {name: getattr(survey, name) for name in ("tied", "equal")}
     return entry

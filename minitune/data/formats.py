@@ -56,12 +56,32 @@ _MARKS = ("weight", "loss_weight", "train")
 
 
 @dataclass(frozen=True)
+class RowSource:
+    """Where a row that `prepare` wrote came from, in the row's field "source": an object of these four, never trained.
+
+    `origin` is the file:line at which it was read, as a row of `format`; `document` marks a stretch of a text file.
+    `role` is training, rehearsal or safety. A row that has one is read in that format, so that one file may hold rows
+    of several.
+    """
+
+    origin: str
+    role: str
+    format: str
+    document: bool = False
+
+    @property
+    def file(self) -> str:
+        """Return the file of the origin."""
+        return self.origin.rpartition(":")[0]
+
+
+@dataclass(frozen=True)
 class Record:
     """One row: a chat (`messages`), `prompt` and `completion`, or `text`; an alpaca row has the first two.
 
     `origin` is file:line, with "(row N)" where rows share a line. The first `context` messages are never targets.
     `document` marks a whole file of text, which is cut into windows of the maximal length. `unread` names the row's
-    fields that are not used.
+    fields that are not used. `source` is where a row came from that `prepare` wrote.
     """
 
     origin: str
@@ -73,6 +93,7 @@ class Record:
     context: int = 0
     document: bool = False
     unread: tuple[str, ...] = ()
+    source: RowSource | None = None
 
     @property
     def sides(self) -> tuple["Record", ...]:
@@ -105,25 +126,52 @@ def scan_records(
     formats: "dict[str, Format] | None" = None,
 ) -> Iterator[Any]:
     """Yield a record, or the RowError that says why not, for each row of a file; raises as `read_rows` does."""
+    return (record for _, record in scan_rows(path, format, columns, formats))
+
+
+def scan_rows(
+    path: str | Path,
+    format: FormatName = "auto",
+    columns: dict[str, str] | None = None,
+    formats: "dict[str, Format] | None" = None,
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yield each row's fields under the names used here, {} where they cannot be read, and what `scan_records` does."""
     formats = formats or FORMATS
     if format != "auto" and format not in formats:
         raise ConfigError(f"unknown format '{format}'{nearest(format, formats)}; known: {', '.join(formats)}")
     is_document = data_path(path).suffix.lower() == ".txt"
-    rows = 0
+    rows, detected = 0, None
     for rows, (origin, fields) in enumerate(read_rows(path), 1):  # noqa: B007
         try:
             if isinstance(fields, RowError):
                 raise fields
             fields = _renamed(fields, columns or {}, origin, formats)
-            if format == "auto":
-                format = detect_format(fields, origin, formats)
-            unread = _unread(fields, formats[format], origin)
-            record = formats[format].parse(fields, origin)
-            yield replace(record, format=format, document=is_document, unread=unread)
+            source = row_source(fields)
+            if format != "auto":
+                chosen = format
+            elif source and source.format in formats:
+                chosen = source.format
+            else:
+                chosen = detected = detected or detect_format(fields, origin, formats)
+            unread = tuple(
+                name for name in _unread(fields, formats[chosen], origin) if not (source and name == "source")
+            )
+            record = formats[chosen].parse(fields, origin)
+            document = is_document or bool(source and source.document)
+            yield fields, replace(record, format=chosen, document=document, unread=unread, source=source)
         except RowError as error:
-            yield error
+            yield {} if isinstance(fields, RowError) else fields, error
     if not rows:
         raise DataError(f"{path}: no rows; give a file with at least one row")
+
+
+def row_source(fields: dict[str, Any]) -> RowSource | None:
+    """Return where a row came from; None where its field "source" is not one that `prepare` writes, or not there."""
+    found = fields.get("source")
+    if not isinstance(found, dict) or not {"origin", "role", "format"} <= set(found) <= set(RowSource.__annotations__):
+        return None
+    texts = all(isinstance(found[name], str) for name in ("origin", "role", "format"))
+    return RowSource(**found) if texts and isinstance(found.get("document", False), bool) else None
 
 
 def detect_format(fields: dict[str, Any], origin: str, formats: "dict[str, Format]") -> str:

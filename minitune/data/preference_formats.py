@@ -24,7 +24,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minitune.data.formats import FORMATS, Format, Record, check_chat, filled, parse_alpaca, read_turns, text_field
+from minitune.data.formats import (
+    FORMATS,
+    Format,
+    Record,
+    RowSource,
+    check_chat,
+    filled,
+    parse_alpaca,
+    read_turns,
+    text_field,
+)
 from minitune.data.reading import RowError
 from minitune.errors import nearest, type_name
 
@@ -49,6 +59,7 @@ class PreferenceRecord:
     format: str = ""
     document: bool = False
     unread: tuple[str, ...] = ()
+    source: RowSource | None = None
 
 
 def _parse_pair(fields: dict[str, Any], origin: str) -> PreferenceRecord:
