@@ -39,6 +39,10 @@ class FetchError(MinituneError):
     """A file named in the manifest could not be fetched or is not the one that was promised."""
 
 
+class EndpointError(MinituneError):
+    """A server that was asked for an answer gave none, or half of one."""
+
+
 class TrainingError(MinituneError):
     """A run cannot go on (loss or gradient not finite, memory exhausted, nothing to train)."""
 
