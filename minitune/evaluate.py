@@ -1,22 +1,36 @@
-"""Command: measure a model, beside its base: labels, answers against references, choices, perplexity; table and JSON.
+"""Command: measure a model, or several, beside their base on named sets, as a table and as JSON.
 
     python -m minitune.evaluate --model M --adapter A --classify test.jsonl --labels positive,negative \\
         --perplexity wiki.txt --output result.json
     python -m minitune.evaluate --adapter A --references test.jsonl --metrics rouge,exact_match --choices quiz.jsonl
+
+What can be measured is a module each in `minitune.evaluation.kinds`. All models are measured on the same rows, one
+after the other, so that two never have to fit in memory.
 """
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from minitune.cli import parse
-from minitune.errors import ConfigError, DataError, check_counts, run_command
+from minitune.errors import ConfigError, check_counts, run_command
 from minitune.loading import ModelOptions
+
+KINDS = ("classify", "references", "choices", "perplexity")
+BASED = ("classify", "references", "choices")  # those that have the base measured too
+BELONGS = {  # an option and the kinds that read it
+    "labels": ("classify",), "metrics": ("references",), "answer_form": ("references",), "samples": ("references",),
+    "temperature": ("references",), "base": BASED, "max_rows": ("classify", "references", "choices"),
+    "max_new_tokens": ("classify", "references"), "batch_size": ("classify", "references", "choices"),
+    "window": ("perplexity",), "stride": ("perplexity",), "max_tokens": ("perplexity",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ModelOptions):
-    """What to measure, of which model."""
+    """What to measure, of which models."""
 
     classify: str | None = None
     """Rows whose last answer is a label: .jsonl, .json or .csv in any format that trains."""
@@ -36,11 +50,15 @@ class EvaluateConfig(ModelOptions):
     choices: str | None = None
     """Rows {"prompt", "choices": [...], "answer"} to choose from by likelihood."""
     base: str | None = None
-    """With references or choices: the model to compare with (default: with an adapter, the model without it)."""
+    """The model to compare with (default: with an adapter, the model without it)."""
+    also: tuple[str, ...] | None = None
+    """Other models or adapters to measure on the same rows, by name, as [low=runs/low/adapter,merged=runs/merged]."""
     perplexity: str | None = None
     """A .txt file (or a fetched one's name) whose perplexity to measure."""
     output: str | None = None
     """Write all results to this JSON file."""
+    overwrite: bool = False
+    """Replace the output if it is there."""
     max_rows: int | None = None
     """With classify, references or choices: use only the first rows (default: all)."""
     max_new_tokens: int | None = None
@@ -56,28 +74,49 @@ class EvaluateConfig(ModelOptions):
     at a time."""
 
     def __post_init__(self):
-        """Refuse a run that measures nothing, and options that it would ignore."""
-        kinds = ("classify", "references", "choices", "perplexity")
-        if all(getattr(self, kind) is None for kind in kinds):
+        """Refuse a run that measures nothing, options that it would ignore, and to lose a file."""
+        if not self.kinds:
             raise ConfigError(
                 "nothing to measure; give --classify FILE --labels a,b, --references FILE, --choices FILE or "
                 "--perplexity FILE, or several"
             )
         if self.classify is not None and self.labels is None:
             raise ConfigError("labels are missing; name them, as in --labels positive,negative")
-        belongs = {"labels": kinds[:1], "metrics": kinds[1:2], "answer_form": kinds[1:2],
-                   "samples": kinds[1:2], "temperature": kinds[1:2], "base": kinds[1:3],
-                   "max_rows": kinds[:3], "max_new_tokens": kinds[:2], "batch_size": kinds[:3],
-                   "window": kinds[3:], "stride": kinds[3:], "max_tokens": kinds[3:]}  # fmt: skip
-        for name, needed in belongs.items():
-            if getattr(self, name) is not None and all(getattr(self, kind) is None for kind in needed):
-                raise ConfigError(f"{name} is set without {' or '.join(needed)}, which it belongs to; leave it out")
+        for name, kinds in BELONGS.items():
+            if getattr(self, name) is not None and not set(kinds) & set(self.kinds):
+                raise ConfigError(f"{name} is set without {' or '.join(kinds)}, which it belongs to; leave it out")
         counts = ("samples", "max_rows", "max_new_tokens", "max_tokens", "batch_size", "window", "stride")
         check_counts(**{name: getattr(self, name) for name in counts})
+        if self.output is not None and Path(self.output).is_file() and not self.overwrite:
+            raise ConfigError(f"{self.output} is there already; name another file, or replace it with --overwrite")
+        self.others  # noqa: B018 - refuses names that are none
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that are asked for."""
+        return tuple(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def others(self) -> dict[str, ModelOptions]:
+        """The models of `also` by name; ConfigError for one without name or folder, or a name given twice."""
+        pairs = [one.partition("=")[::2] for one in self.also or ()]
+        if not all(name and path for name, path in pairs) or len(dict(pairs)) < len(pairs):
+            raise ConfigError(f"also is {list(self.also)}; several need a name each, as [low=FOLDER,high=FOLDER]")
+        return {name: self._options(path) for name, path in pairs}
+
+    @property
+    def reference(self) -> ModelOptions:
+        """The base: as it is published, unless it is quantised by option."""
+        return self._options(self.base or self.model)
+
+    def _options(self, path: str) -> ModelOptions:
+        given = {name: getattr(self, name) for name in ("dtype", "quantize", "device", "backend")}
+        adapter = (Path(path) / "adapter_config.json").is_file()
+        return ModelOptions(model=self.model if adapter else path, adapter=path if adapter else None, **given)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the options, read the data, load the model, measure, print, write."""
+    """Parse the options, read the data, load the models, measure, print, write."""
     config = parse(EvaluateConfig, argv, prog="python -m minitune.evaluate", description=__doc__.split("\n")[0])
     from minitune.files import atomic_file, write_json
 
@@ -92,127 +131,41 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(config: EvaluateConfig) -> dict[str, Any]:
-    """Return what was measured: {"model", "adapter", "seconds"} and "classification", "references", ... as asked."""
-    tasks = read_tasks(config)  # first: an error in the data should not wait for the model
-    model, tokenizer = config.load()
-    start = time.monotonic()
-    result: dict[str, Any] = {"model": config.model, "adapter": config.adapter}
-    if "classify" in tasks:
-        result["classification"] = _classify(model, tokenizer, tasks["classify"], config)
-    scored = _scored(model, tokenizer, tasks, config)
-    if "perplexity" in tasks:
-        result["perplexity"] = _perplexity(model, tokenizer, tasks["perplexity"], config)
-    if scored:
-        from minitune.evaluation.scores import report
+    """Return what was measured: {"model", "adapter", "seconds"}, "classification", "references", ... as asked.
 
-        del model  # two at once may not fit
-        compared = config.base is not None or config.adapter is not None
-        others = _scored(*_base(config).load(), tasks, config) if compared else {}
-        result |= {"base": _base(config).model} if compared else {}
-        result |= {name: report(found, others.get(name)) for name, found in scored.items()}
+    Compared with a base it has "base" too, and with `also` "others": {name: the same of that model}.
+    """
+    kinds = {name: load_kind(name) for name in config.kinds}
+    tasks = {name: kind.read(config) for name, kind in kinds.items()}  # first: an error should not wait for the model
+    start = time.monotonic()
+    models = {"": config, **config.others}
+    found = {name: _found(options, kinds, tasks, config) for name, options in models.items()}
+    based = {name: kind for name, kind in kinds.items() if name in BASED}
+    alone = config.base is None and config.adapter is None  # the model is the base, for the others if there are some
+    base = found[""] if alone else _found(config.reference, based, tasks, config) if based else {}
+    described = {}
+    for name, options in models.items():
+        against = {} if alone and not name else base
+        described[name] = {"model": options.model, "adapter": options.adapter}
+        described[name] |= {"base": config.reference.model} if against else {}
+        for key, kind in kinds.items():
+            described[name][kind.KEY] = kind.report(tasks[key], found[name][key], against.get(key), config)
+    result = described.pop("")
+    result |= {"others": described} if described else {}
     return result | {"seconds": round(time.monotonic() - start, 2)}
 
 
-def read_tasks(config: EvaluateConfig) -> dict[str, Any]:
-    """Return the data of each kind of measurement that is asked for, by the option's name; errors as their readers."""
-    from minitune.evaluation.choices import read_choices
-    from minitune.evaluation.classification import read_labelled
-    from minitune.evaluation.references import read_references
-    from minitune.sources import resolve
-
-    tasks: dict[str, Any] = {}
-    if config.classify is not None:
-        tasks["classify"] = read_labelled(resolve(config.classify), config.labels.split(","))[: config.max_rows]
-    if config.references is not None:
-        task = read_references(
-            resolve(config.references), config.metrics, config.answer_form, config.samples, config.temperature
-        )
-        tasks["references"] = replace(task, rows=task.rows[: config.max_rows])
-    if config.choices is not None:
-        tasks["choices"] = read_choices(resolve(config.choices))[: config.max_rows]
-    if config.perplexity is not None:
-        tasks["perplexity"] = read_text(resolve(config.perplexity))
-    return tasks
+def load_kind(name: str) -> Any:
+    """Return the module of a kind, one of `KINDS`; it may load torch, which a door does not before it works."""
+    return import_module(f"minitune.evaluation.kinds.{name}")
 
 
-def _base(config: EvaluateConfig) -> ModelOptions:
-    """Return the options of the model to compare with: as it is published, unless it is quantised by option."""
-    given = {name: getattr(config, name) for name in ("dtype", "quantize", "device", "backend")}
-    return ModelOptions(model=config.base or config.model, **given)
-
-
-def _scored(model: Any, tokenizer: Any, tasks: dict[str, Any], config: EvaluateConfig) -> dict[str, Any]:
-    """Return (counts of answers, metrics) of one model for the references and the choices, where asked for."""
-    from tqdm import tqdm
-
-    found = {}
-    if "references" in tasks:
-        found["references"] = _references(model, tokenizer, tasks["references"], config)
-    if "choices" in tasks:
-        from minitune.evaluation.choices import score_choices
-
-        rows = tasks["choices"]
-        with tqdm(total=sum(len(row.choices) for row in rows), desc="choose", unit=" choices") as bar:
-            scores = score_choices(model, tokenizer, rows, batch_size=config.batch_size or 8, on_batch=bar.update)
-        found["choices"] = {"rows": len(rows)}, scores
-    return found
-
-
-def _references(model: Any, tokenizer: Any, task: Any, config: EvaluateConfig) -> tuple[dict, dict]:
-    from tqdm import tqdm
-
-    from minitune.evaluation import references
-
-    counts, measured = {"rows": len(task.rows)}, {}
-    options = {"max_new_tokens": config.max_new_tokens or 256, "batch_size": config.batch_size or 32}
-    if task.asks:
-        with tqdm(total=len(task.rows), desc="answer", unit=" rows") as bar:
-            answers = references.ask(model, tokenizer, task.rows, on_batch=bar.update, **options)
-        counts, measured = references.summary(answers), references.score_answers(task, answers)
-    if task.passes:
-        with tqdm(total=len(task.rows) * task.samples, desc="sample", unit=" answers") as bar:
-            samples = references.ask_repeatedly(model, tokenizer, task, on_batch=bar.update, **options)
-        measured |= references.score_passes(task, samples)
-    return counts, measured | references.score_likelihood(model, tokenizer, task, batch_size=config.batch_size or 8)
-
-
-def _classify(model: Any, tokenizer: Any, rows: list, config: EvaluateConfig) -> dict[str, Any]:
-    from tqdm import tqdm
-
-    from minitune.evaluation.classification import classify
-
-    with tqdm(total=len(rows), desc="classify", unit=" rows") as bar:
-        return asdict(
-            classify(
-                model, tokenizer, rows, config.labels.split(","), max_new_tokens=config.max_new_tokens or 16,
-                batch_size=config.batch_size or 32, on_batch=bar.update,
-            )
-        )  # fmt: skip
-
-
-def _perplexity(model: Any, tokenizer: Any, text: str, config: EvaluateConfig) -> dict[str, Any]:
-    from tqdm import tqdm
-
-    from minitune.evaluation.perplexity import perplexity
-
-    window = config.window or min(1024, model.config.longest)
-    with tqdm(desc="perplexity", unit=" tokens") as bar:
-        return asdict(
-            perplexity(
-                model, tokenizer, text, window=window, stride=config.stride, max_tokens=config.max_tokens,
-                batch_size=max(1, 4096 // window), on_batch=bar.update,
-            )
-        )  # fmt: skip
-
-
-def read_text(path: Any) -> str:
-    """Return the content of a UTF-8 text file; raises DataError for another kind, an empty or a broken one."""
-    from minitune.data.reading import read_rows
-
-    if path.suffix != ".txt":
-        raise DataError(f"{path}: perplexity reads plain text; give a .txt file")
-    ((_, fields),) = read_rows(path)
-    return fields["text"]
+def _found(
+    options: ModelOptions, kinds: dict[str, Any], tasks: dict[str, Any], config: EvaluateConfig
+) -> dict[str, Any]:
+    """Return what each kind measured of one model, which is gone then: two at once may not fit."""
+    model, tokenizer = options.load()
+    return {name: kind.measure(model, tokenizer, tasks[name], config) for name, kind in kinds.items()}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -220,55 +173,12 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"model       {result['model']}" + (f" + {result['adapter']}" if result["adapter"] else "")]
     if "base" in result:
         lines.append(f"base        {result['base']}")
-    if "classification" in result:
-        lines += _classification_lines(result["classification"])
-    for kind in ("references", "choices"):
-        if kind in result:
-            lines += _scored_lines(kind, result[kind])
-    if "perplexity" in result:
-        found = result["perplexity"]
-        note = f"{found['tokens']:,} tokens, window {found['window']}, stride {found['stride']}"
-        if found["interval"]:
-            note += "; 95% interval {:.3f} to {:.3f}".format(*found["interval"])
-        lines.append(f"perplexity  {found['perplexity']:.3f}  (loss {found['loss']:.4f}; {note})")
-        if found["bits_per_byte"] is not None:
-            lines.append(f"bits/byte   {found['bits_per_byte']:.4f}")
+    for kind in map(load_kind, KINDS):
+        if kind.KEY in result:
+            lines += kind.lines(result[kind.KEY])
+    for name, other in result.get("others", {}).items():
+        lines += ["", f"{name}:", table(other)]
     return "\n".join(lines)
-
-
-def _scored_lines(kind: str, found: dict[str, Any]) -> list[str]:
-    from minitune.evaluation.scores import score_lines
-
-    lines = []
-    for name, counts in (("base", found.get("base_answers")), ("tuned" * ("base" in found), found["answers"])):
-        if counts is not None:
-            shown = ", ".join(f"{key} {value:,}" for key, value in counts.items())
-            lines.append(" ".join(f"{kind:<12}{name} {shown}".split()))
-    return [*lines, *score_lines(found)]
-
-
-def _classification_lines(found: dict[str, Any]) -> list[str]:
-    low, high = found["accuracy_interval"]
-    width = max(map(len, (*found["labels"], "other"))) + 2
-    heads = "".join(f"{name:>{width}}" for name in (*found["labels"], "other"))
-    lines = [
-        f"rows        {found['rows']}",
-        f"accuracy    {found['accuracy']:.1%}  (95% interval {low:.1%} to {high:.1%})",
-        _f1_line(found, "macro"),
-        _f1_line(found, "micro"),
-        f"compliance  {found['format_compliance']:.1%}  (answers that are exactly a label)",
-        f"{'right / answered':<18}{heads}",
-    ]
-    for label, counts in zip(found["labels"], found["confusion"], strict=True):
-        lines.append(f"{label:<18}" + "".join(f"{count:>{width}}" for count in counts))
-    if found["other_answers"]:
-        lines.append("other answers: " + ", ".join(f"{text[:40]!r} x{count}" for text, count in found["other_answers"]))
-    return lines
-
-
-def _f1_line(found: dict[str, Any], average: str) -> str:
-    low, high = found[f"{average}_f1_interval"]
-    return f"{average}-F1    {found[f'{average}_f1']:.3f}  (95% interval {low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

@@ -73,7 +73,10 @@ def test_perplexity_equals_transformers(tiny, tmp_path, capsys):
         (("--perplexity", "x.txt", "--metrics", "bleu"), "metrics is set without references"),
         (("--choices", "x.jsonl", "--answer_form", "json"), "answer_form is set without references"),
         (("--choices", "x.jsonl", "--max_new_tokens", "9"), "max_new_tokens is set without classify or references"),
-        (("--classify", "x.jsonl", "--labels", "a,b", "--base", "m"), "base is set without references or choices"),
+        (("--perplexity", "x.txt", "--base", "m"), "base is set without classify or references or choices"),
+        (("--perplexity", "x.txt", "--also", "[m]"), "several need a name each"),
+        (("--perplexity", "x.txt", "--also", "[a=m,a=n]"), "several need a name each"),
+        (("--perplexity", "x.txt", "--output", "x.jsonl"), "x.jsonl is there already"),
         (("--choices", "x.jsonl", "--samples", "9"), "samples is set without references"),
         (("--references", "x.jsonl", "--metrics", "pass@5", "--samples", "4"), "pass@5 needs at least 5"),
         (("--references", "x.jsonl", "--metrics", "rogue"), "no metric 'rogue'; did you mean 'rouge'"),
@@ -156,7 +159,7 @@ def test_answers_are_compared_with_references_for_base_and_tuned(tiny, adapter, 
         assert compared["difference"] == pytest.approx(ours - theirs)
         assert compared["test"] == ("McNemar's exact test" if name in ("exact_match", "format") else "paired bootstrap")
     # The base's own numbers are those of a run without the adapter, to the bit: it is loaded anew.
-    run(tiny, "--references", questions, "--max_new_tokens", 8, "--output", output, "--max_rows", 11,
+    run(tiny, "--references", questions, "--max_new_tokens", 8, "--output", output, "--max_rows", 11, "--overwrite",
         "--metrics", "exact_match,rouge,bleu,chrf,format,length,likelihood", "--answer_form", "json")  # fmt: skip
     alone = json.loads(output.read_text())["references"]
     assert alone["scores"] == found["base"] and "comparison" not in alone
@@ -173,7 +176,7 @@ def test_choices_are_compared_with_any_other_model(tiny, adapter, tmp_path, caps
     run(tiny, "--adapter", adapter, "--choices", path, "--output", output)
     found = json.loads(output.read_text())["choices"]
     assert set(found["scores"]) == {"accuracy", "accuracy_norm", "accuracy_bytes", "calibration_error"}
-    run(tiny, "--choices", path, "--base", tiny, "--output", output)
+    run(tiny, "--choices", path, "--base", tiny, "--output", output, "--overwrite")
     same = json.loads(output.read_text())["choices"]
     assert same["scores"] == same["base"] == found["base"]
     assert {one["verdict"] for one in same["comparison"].values()} == {"undecided"}
@@ -196,3 +199,35 @@ def test_bad_rows_are_refused_before_the_model_is_loaded(tmp_path, kind):
     path.write_text('{"prompt": "a"}\n')
     with pytest.raises(DataError, match="rows.jsonl:1: "):
         evaluate.main(["--model", str(tmp_path / "nothing"), f"--{kind}", str(path)])
+
+
+def test_classification_is_compared_with_the_base_on_the_same_rows(tiny, adapter, reviews, tmp_path, capsys):
+    output = tmp_path / "out.json"
+    run(tiny, "--adapter", adapter, "--classify", reviews, "--labels", "positive,negative", "--output", output,
+        "--max_new_tokens", 4)  # fmt: skip
+    result = json.loads(output.read_text())
+    found = result["classification"]
+    assert result["base"] == tiny
+    compared = found["comparison"]
+    assert set(compared) == {"accuracy", "macro_f1", "micro_f1", "format_compliance"}
+    assert compared["accuracy"]["test"] == "McNemar's exact test"
+    assert compared["macro_f1"]["test"] == "paired bootstrap"
+    assert found["base_answers"]["rows"] == 3 and found["base_answers"]["confusion"] == [[0, 0, 2], [0, 0, 1]]
+    printed = capsys.readouterr().out
+    assert "the tuned model does not beat the base on accuracy: difference +0, p = 1 (McNemar's exact test)" in printed
+    assert "base: right / answered" in printed and "tuned: right / answered" in printed
+
+
+def test_several_models_are_measured_on_the_same_rows(tiny, adapter, questions, tmp_path, capsys):
+    output = tmp_path / "out.json"
+    options = ("--references", questions, "--metrics", "likelihood", "--max_rows", 11, "--overwrite")
+    run(tiny, *options, "--also", f"[tuned={adapter},same={tiny}]", "--output", output)
+    several = json.loads(output.read_text())
+    assert "base" not in several and "comparison" not in several["references"]
+    tuned, same = several["others"]["tuned"], several["others"]["same"]
+    assert (tuned["adapter"], tuned["model"], same["model"]) == (adapter, tiny, tiny)
+    assert same["references"]["comparison"]["perplexity"]["difference"] == 0
+    run(tiny, *options, "--adapter", adapter, "--output", output)
+    alone = json.loads(output.read_text())
+    assert {**tuned["references"]} == alone["references"]
+    assert "\ntuned:\nmodel  " in capsys.readouterr().out

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from minitune.data.examples import Example, encode_record
-from minitune.data.formats import Format, Record, check_chat, filled, read_records, read_turns, text_field
+from minitune.data.formats import Format, Record, RowSource, check_chat, filled, read_records, read_turns, text_field
 from minitune.data.reading import RowError
 from minitune.decoding import Prompt
 from minitune.errors import DataError
@@ -43,6 +43,7 @@ class Question:
     format: str = ""
     document: bool = False
     unread: tuple[str, ...] = ()
+    source: RowSource | None = None
 
 
 def read_choices(path: str | Path) -> list[Question]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minitune.data.formats import Record, read_records
 from minitune.decoding import Prompt, generate_texts
@@ -26,6 +27,7 @@ from minitune.evaluation.metrics import (
     micro_f1,
     wilson_interval,
 )
+from minitune.evaluation.scores import Measured, share
 from minitune.model.transformer import Transformer
 from minitune.text.tokenizer import Tokenizer
 
@@ -49,7 +51,8 @@ class Classification:
     `confusion` has a row per right label and a column per answered label, the last column for any other
     answer, read without case and punctuation; `format_compliance` is the share of answers that are exactly a
     label but for white space around them; `accuracy_interval` is Wilson's 95% interval, those of F1 are by bootstrap
-    over rows; `other_answers` are the most frequent answers that are not exactly a label, with counts.
+    over rows; `other_answers` are the most frequent answers that are not exactly a label, with counts; `empty` counts
+    those that said nothing, which are among them.
     """
 
     rows: int
@@ -63,6 +66,7 @@ class Classification:
     labels: tuple[str, ...]
     confusion: list[list[int]]
     other_answers: list[tuple[str, int]]
+    empty: int
 
 
 def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
@@ -104,6 +108,14 @@ def _labelled(record: Record, labels: tuple[str, ...]) -> LabelledPrompt:
 
 
 def classify(
+    model: Transformer, tokenizer: Tokenizer, rows: Sequence[LabelledPrompt], labels: Sequence[str], **options: Any
+) -> Classification:
+    """Ask every question and compare the answers with the labels; arguments and errors as in `ask_labels`."""
+    predicted = ask_labels(model, tokenizer, rows, labels, **options)
+    return summarize([row.label for row in rows], predicted, check_labels(labels))
+
+
+def ask_labels(
     model: Transformer,
     tokenizer: Tokenizer,
     rows: Sequence[LabelledPrompt],
@@ -112,8 +124,10 @@ def classify(
     max_new_tokens: int = 16,
     batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
-) -> Classification:
-    """Ask every question and compare the answers with the labels.
+) -> list[str]:
+    """Return what the model answers to every question, without white space around it.
+
+    An answer that was cut off ends in `CUT`, so that its beginning is never taken for a label.
 
     Args:
         model: the model.
@@ -125,18 +139,31 @@ def classify(
         on_batch: called after each batch with its number of rows.
 
     Raises:
-        DataError: there are no rows, or one does not fit the model. ConfigError: bad labels.
+        DataError: there are no rows, some are messages and others text to continue, or one does not fit the model.
+        ConfigError: bad labels.
     """
-    labels = check_labels(labels)
+    check_labels(labels)
     if not rows:
         raise DataError("there are no rows to classify; give a file with at least one")
+    mixed = next((row for row in rows if row.raw != rows[0].raw), None)
+    if mixed is not None:
+        raise DataError(f"{mixed.origin}: messages and text to continue in one file; keep them in two files")
     answers = generate_texts(
         model, tokenizer, [row.prompt for row in rows],
         max_new_tokens=max_new_tokens, raw=rows[0].raw, batch_size=batch_size, on_batch=on_batch,
     )  # fmt: skip
-    # An answer that was cut off is marked, so that its beginning is never taken for a label.
-    predicted = [answer.text.strip() + ("" if answer.finished else CUT) for answer in answers]
-    return summarize([row.label for row in rows], predicted, labels)
+    return [answer.text.strip() + ("" if answer.finished else CUT) for answer in answers]
+
+
+def classification_metrics(
+    expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
+) -> dict[str, Measured]:
+    """Return accuracy, macro_f1, micro_f1 and format_compliance by name, for comparing two models; a pure function."""
+    meant = [_read(answer, labels) for answer in predicted]
+    found = {"accuracy": share([answer == right for answer, right in zip(meant, expected, strict=True)])}
+    for average, statistics in f1_statistics(expected, meant, labels).items():
+        found[f"{average}_f1"] = Measured(statistics)
+    return found | {"format_compliance": share([answer in labels for answer in predicted])}
 
 
 def summarize(expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> Classification:
@@ -159,6 +186,7 @@ def summarize(expected: Sequence[str], predicted: Sequence[str], labels: Sequenc
         labels=tuple(labels),
         confusion=confusion,
         other_answers=others.most_common(5),
+        empty=others[""],
     )
 
 

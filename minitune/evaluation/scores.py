@@ -69,6 +69,16 @@ def report(
     }  # fmt: skip
 
 
+def count_lines(kind: str, found: dict[str, Any]) -> list[str]:
+    """Return the counts of a `report`'s answers, a line for each model."""
+    lines = []
+    for name, counts in (("base", found.get("base_answers")), ("tuned" * ("base" in found), found["answers"])):
+        if counts is not None:
+            shown = ", ".join(f"{key} {value:,}" for key, value in counts.items())
+            lines.append(" ".join(f"{kind:<12}{name} {shown}".split()))
+    return lines
+
+
 def score_lines(found: dict[str, Any]) -> list[str]:
     """Return the lines of a `report`, values with their 95% intervals."""
     if "comparison" not in found:
@@ -96,7 +106,8 @@ def _conclusion(compared: dict[str, dict[str, Any]]) -> list[str]:
     named = {}
     for verdict in ("wins", "loses", "undecided"):
         named[verdict] = ", ".join(name for name, one in compared.items() if one["verdict"] == verdict)
-    lines = []
+    first = next((name for name, one in compared.items() if one["verdict"]), None)
+    lines = [] if first is None or compared[first]["verdict"] == "wins" else [_no_win(first, compared[first])]
     if named["loses"]:
         lines.append(f"the tuned model is WORSE than the base on {named['loses']}")
     if named["undecided"]:
@@ -106,3 +117,11 @@ def _conclusion(compared: dict[str, dict[str, Any]]) -> list[str]:
     elif lines:
         lines.append("the tuned model does not win on any metric")
     return lines
+
+
+def _no_win(name: str, one: dict[str, Any]) -> str:
+    """Say of the metric that counts first, with the evidence, that the tuned model is not better."""
+    low, high = one["interval"]
+    evidence = f"95% interval {low:+.4g} to {high:+.4g}" if one["p"] is None else f"p = {one['p']:.2g}"
+    found = f"{name}: difference {one['difference']:+.4g}, {evidence}"
+    return f"the tuned model does not beat the base on {found} ({one['test']})"

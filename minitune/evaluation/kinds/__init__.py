@@ -1,0 +1,23 @@
+"""What `python -m minitune.evaluate` can measure: a module for each kind, named as its option, with four functions.
+
+    read(config)                               -> task     the data, checked before any model is loaded
+    measure(model, tokenizer, task, config)    -> found    of one model, kept when the model is gone
+    report(task, found, base, config)          -> object   for JSON; `base` is None, or the base's `found`
+    lines(object)                              -> lines    for a reader
+
+`KEY` is the object's name in the result. `config` is the door's EvaluateConfig, of which a kind reads its own options;
+the door says which those are, and for which kinds the base is measured too. A class with four methods was rejected:
+it would hold nothing but the option's name.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(total: int | None, what: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yield a function that moves a progress bar by a number of `unit`s, of `total`."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit=f" {unit}") as bar:
+        yield bar.update
