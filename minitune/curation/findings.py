@@ -57,6 +57,18 @@ def texts_of(row: Any) -> list[str]:
     return texts
 
 
+def answers_of(row: Any) -> list[str]:
+    """Return the texts of a row that are learned: the assistant's turns, a completion, a document; of a pair both."""
+    texts = []
+    for side in row.sides:
+        if side.messages is not None:
+            turns = side.messages[side.context :]
+            texts += [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        else:
+            texts.append(side.text if side.completion is None else side.completion)
+    return texts
+
+
 def with_texts(row: Row, change: Callable[[str], str]) -> Row:
     """Return the row with `change` applied to each of its texts."""
     if not isinstance(row, Record):

@@ -5,7 +5,7 @@
 | email       | a local part, @, a domain with a top-level domain of letters                                 |
 | phone       | +country and 8 to 15 digits; (ddd) ddd-dddd and its like; grouped digits with a leading 0, or |
 |             | after "call", "phone", "tel", ...                                                            |
-| card        | 13 to 19 digits in a network's range whose Luhn sum is a multiple of 10                      |
+| card        | 14 to 19 digits in a network's range whose Luhn sum is a multiple of 10                      |
 | iban        | a country's code and length, with remainder 1 of mod 97 (ISO 13616)                          |
 | ip_address  | a public IPv4 address that is not called a version                                           |
 | key         | AWS, GitHub, GitLab, Slack, OpenAI, Google, Stripe and Hugging Face keys, tokens of three     |
@@ -31,7 +31,7 @@ class Match(NamedTuple):
 
 
 _NETWORKS = re.compile(  # issuer ranges: Visa, Mastercard, American Express, Discover, JCB, Diners Club, UnionPay
-    r"(?:4(?:\d{12}|\d{15}|\d{18})|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
+    r"(?:4(?:\d{15}|\d{18})|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
     r"|6(?:011|4[4-9]\d|5\d\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17})"
 )
 _IBAN_LENGTHS = {  # of the SWIFT registry
@@ -79,6 +79,13 @@ def _is_phone(text: str) -> bool:
     return 7 <= len(digits) <= 15 and len(set(digits)) > 2
 
 
+def _is_international(text: str) -> bool:
+    """Tell whether digits after + or 00 are grouped as people write them; a bare run is rather a sum or an account."""
+    digits = re.sub(r"\D", "", text)
+    bare = "+" + digits == text and len(digits) <= 13
+    return _is_phone(text) and len(digits) >= 8 and (bare or bool(re.search(r"\d\D", text)))
+
+
 def _is_mixed(text: str) -> bool:
     """Tell whether a key has letters of both cases and digits, as random ones do and hyphenated words don't."""
     return all(re.search(part, text[3:]) for part in ("[a-z]", "[A-Z]", r"\d"))
@@ -103,7 +110,7 @@ _CHECKS: list[tuple[str, str, Callable[[str], bool]]] = [  # in order: what an e
     ("card", r"(?<![\w.,+\-])\d(?:[ -]?\d){12,18}(?![\w-]|[.,]\d)", _is_card),
     ("ip_address", r"(?<![\w./-])(?<!ersion )(?<!elease )\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)", _is_public),
     ("phone", r"(?<![\w+.\-/])(?:\+|00)[1-9]\d{0,2}[ .\-]?(?:\(0?\d{1,4}\)[ .\-]?)?\d{1,5}(?:[ .\-]?\d{2,5}){1,5}"
-     r"(?![\w-]|[.,]\d)", lambda text: len(re.sub(r"\D", "", text)) >= 8 and _is_phone(text)),
+     r"(?![\w-]|[.,]\d)", _is_international),
     ("phone", r"(?<![\w+.\-/])(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[.-]\d{4}(?![\w-]|[.,]\d)",
      _is_phone),
     ("phone", r"(?<![\w+.\-/])(?:0\d(?: \d\d){4}|\(0\d{2,4}\) ?\d{3,4} ?\d{3,4}|0\d{2,4} \d{3,4} \d{3,4}"

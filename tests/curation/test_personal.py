@@ -47,6 +47,7 @@ FOUND = [
      ["-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----"], "key"),
 ]  # fmt: skip
 LOOK_ALIKES = [
+    "A/C No. 00632000001783", "2\n+960397912423686\n", "4212883012996", "barcode number is 332960073452",
     "version 10.4.1.2 of the driver", "v1.2.3.4 and 2.13.0", "192.168.0.1, 10.0.0.1 and 127.0.0.1", "300.1.1.1",
     "Order 4111 1111 1111 1112 was sent", "order number 1234567890123456", "tracking 9400110200881234567890",
     "sha1 da39a3ee5e6b4b0d3255bfef95601890afd80709", "commit 4111111111111111abcdef",
