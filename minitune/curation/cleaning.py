@@ -26,7 +26,7 @@ Removable = Literal[
 ]  # fmt: skip
 Repairable = Literal["mojibake", "markup", "tracking", "control_character", "personal_data"]
 _PLACEHOLDER = re.compile(
-    r"\W*(?:n\.?/?a\.?|nan|nil|null|none|todo|tbd|undefined|lorem ipsum\b.*|no ?(?:answer|output|input|response)|"
+    r"\W*(?:n\.?/?a\.?|nan|nil|null|none|todo|tbd|undefined|no ?(?:answer|output|input|response)|"
     r"(?:your |insert )?(?:answer|text|response|output) here)\W*",
     re.IGNORECASE | re.DOTALL,
 )
