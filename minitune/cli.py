@@ -133,7 +133,7 @@ def _check_file(path: str, config_class: type) -> None:
         raise ConfigError(f"{path}: broken YAML ({error})") from None
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: it holds no options; write each on a line, as in 'batch_size: 4'")
-    _refuse_twice(root, path)
+    refuse_twice(root, path)
     hints = typing.get_type_hints(config_class)
     for key, value in root.value:
         if dataclasses.is_dataclass(hints.get(key.value)) and not isinstance(value, yaml.MappingNode):
@@ -141,7 +141,7 @@ def _check_file(path: str, config_class: type) -> None:
             raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value} is no value but a group of: {inner}")
 
 
-def _refuse_twice(node: Any, path: str) -> None:
+def refuse_twice(node: Any, path: str) -> None:
     """Raise ConfigError where an object anywhere below `node` (of `yaml.compose`) has a key twice."""
     children = node.value if isinstance(node.value, list) else []
     keys = [child[0] for child in children if isinstance(child, tuple)]
@@ -149,7 +149,7 @@ def _refuse_twice(node: Any, path: str) -> None:
         if key.value in [earlier.value for earlier in keys[:number]]:
             raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice; keep one of them")
     for child in children:
-        _refuse_twice(child[1] if isinstance(child, tuple) else child, path)
+        refuse_twice(child[1] if isinstance(child, tuple) else child, path)
 
 
 def _add_positional(parser: Any, config_class: type, name: str) -> None:

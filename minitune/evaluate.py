@@ -3,29 +3,121 @@
     python -m minitune.evaluate --model M --adapter A --classify test.jsonl --labels positive,negative \\
         --perplexity wiki.txt --output result.json
     python -m minitune.evaluate --adapter A --references test.jsonl --metrics rouge,exact_match --choices quiz.jsonl
+    python -m minitune.evaluate --adapter A --golden golden.jsonl --golden_page golden.html
+    python -m minitune.evaluate --adapter A --blind.prompts prompts.jsonl --blind.page vote.html --blind.key key.json
+    python -m minitune.evaluate --judge.model M --judge.key key.json --judge.votes votes.json
 
 What can be measured is a module each in `minitune.evaluation.kinds`. All models are measured on the same rows, one
 after the other, so that two never have to fit in memory.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minitune.cli import parse
-from minitune.errors import ConfigError, check_counts, run_command
+from minitune.errors import ConfigError, check_counts, check_seed, run_command
 from minitune.loading import ModelOptions
+from minitune.responder import ResponderOptions
 
-KINDS = ("classify", "references", "choices", "perplexity")
-BASED = ("classify", "references", "choices")  # those that have the base measured too
+ANSWERED = ("golden", "blind", "judge")  # those that take answers from files too
+KINDS = ("classify", "references", "choices", "perplexity", *ANSWERED)
+BASED = ("classify", "references", "choices", *ANSWERED)  # those that have the base measured too
 BELONGS = {  # an option and the kinds that read it
     "labels": ("classify",), "metrics": ("references",), "answer_form": ("references",), "samples": ("references",),
-    "temperature": ("references",), "base": BASED, "max_rows": ("classify", "references", "choices"),
-    "max_new_tokens": ("classify", "references"), "batch_size": ("classify", "references", "choices"),
+    "temperature": ("references",), "base": BASED, "max_rows": BASED,
+    "max_new_tokens": ("classify", "references", *ANSWERED), "batch_size": BASED,
+    "golden_page": ("golden",), "answers": ANSWERED,
     "window": ("perplexity",), "stride": ("perplexity",), "max_tokens": ("perplexity",),
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlindOptions:
+    """People choose between two models' answers, without names."""
+
+    prompts: str | None = None
+    """Rows {"prompt"}, {"messages"} or any that train, which both models answer."""
+    key: str | None = None
+    """The JSON file that says which answer is whose; without prompts, one that was made before."""
+    page: str | None = None
+    """Write a page to vote on, one HTML file, without names."""
+    votes: str | None = None
+    """The votes that the page saved, to be counted; with terminal, the file to keep them in."""
+    terminal: bool = False
+    """Ask for the votes here, one by one; quit, and run again without prompts to go on."""
+    seed: int | None = None
+    """With prompts: draws the order of pairs and sides (default 0)."""
+
+    def __post_init__(self):
+        """Refuse what is missing, and options that would be ignored."""
+        given = [name for name in ("page", "votes", "seed") if getattr(self, name) is not None]
+        given += ["terminal"] * self.terminal + ["prompts"] * (self.prompts is not None)
+        if given and self.key is None:
+            raise ConfigError(f"blind.{given[0]} needs blind.key, the file that says which answer is whose; name it")
+        if self.key is not None and not (self.page or self.votes or self.terminal):
+            raise ConfigError("blind.key alone does nothing; give --blind.page, --blind.terminal or --blind.votes")
+        if self.terminal and self.votes is None:
+            raise ConfigError("blind.terminal needs a file to keep the votes in; name it with --blind.votes")
+        if self.prompts is not None and self.votes is not None and not self.terminal:
+            raise ConfigError("blind.votes cannot be on answers that are only made now; leave out blind.prompts")
+        if self.prompts is None and self.seed is not None:
+            raise ConfigError("blind.seed draws the order of a new comparison; give blind.prompts or leave it out")
+        check_seed(self.seed)
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is something to do."""
+        return self.key is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions(ResponderOptions):
+    """Who judges answers, which ones, and by what."""
+
+    prompts: str | None = None
+    """Rows {"prompt"}, {"messages"} or any that train; both models answer them and the judge compares."""
+    key: str | None = None
+    """Instead of prompts: judge the answers in the key of a blind comparison."""
+    votes: str | None = None
+    """With key: people's votes, to say how far the judge agrees with them (Cohen's kappa)."""
+    by: Literal["pairs", "scores"] = "pairs"
+    """Compare two answers, in both orders, or score each by every criterion of the rubric."""
+    read: Literal["written", "probabilities"] = "written"
+    """With pairs: the verdict that the judge writes, or which letter, A or B, a model loaded here finds likelier."""
+    rubric: str | None = None
+    """Instructions, criteria and scale as .yaml or .md (default: correctness, relevance, clarity, 1 to 10)."""
+    journal: str | None = None
+    """A JSONL file to keep the judge's replies in; a run that has one asks only for what it lacks."""
+    max_missing: float = 0.1
+    """The largest share without a verdict; above it the command fails."""
+
+    def __post_init__(self):
+        """Refuse what contradicts, and options that would be ignored."""
+        super().__post_init__()
+        if self.prompts is not None and self.key is not None:
+            raise ConfigError("judge.prompts are answered now and judge.key has answers; leave one of them out")
+        if self.votes is not None and self.key is None:
+            raise ConfigError("judge.votes are on the answers of a blind comparison; name its key with --judge.key")
+        if self.read == "probabilities":
+            useless = [name for name in ("endpoint", "journal", "seed") if getattr(self, name) is not None]
+            useless += ["by scores"] * (self.by == "scores") + ["temperature"] * (self.temperature != 0)
+            if useless:
+                raise ConfigError(f"judge.{useless[0]} has no effect on verdicts read from probabilities; leave it out")
+        if not 0 <= self.max_missing <= 1:
+            raise ConfigError(f"judge.max_missing is {self.max_missing}; it must be a share, 0 to 1")
+
+    @property
+    def asked(self) -> bool:
+        """Whether there are answers to judge."""
+        return self.prompts is not None or self.key is not None
+
+    def load_model(self) -> tuple[Any, Any]:
+        """Return the judge and its tokenizer, to read probabilities; errors as `ModelOptions.load`."""
+        return ModelOptions.load(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +147,19 @@ class EvaluateConfig(ModelOptions):
     """Other models or adapters to measure on the same rows, by name, as [low=runs/low/adapter,merged=runs/merged]."""
     perplexity: str | None = None
     """A .txt file (or a fetched one's name) whose perplexity to measure."""
+    golden: str | None = None
+    """Rows {"prompt" or "messages", "expect": {exact, contains, not_contains, regex, schema, judge}}."""
+    golden_page: str | None = None
+    """With golden: write every row with its answers side by side as one HTML file."""
+    answers: tuple[str, ...] | str | None = None
+    """With golden, blind or judge: answers in files, as generate writes them, instead of models to ask: the tuned
+    model's, or [tuned.jsonl,base.jsonl]."""
+    blind: BlindOptions = BlindOptions()
+    judge: JudgeOptions = JudgeOptions()
     output: str | None = None
     """Write all results to this JSON file."""
     overwrite: bool = False
-    """Replace the output if it is there."""
+    """Replace the output, and pages and keys, if they are there."""
     max_rows: int | None = None
     """With classify, references or choices: use only the first rows (default: all)."""
     max_new_tokens: int | None = None
@@ -77,8 +178,8 @@ class EvaluateConfig(ModelOptions):
         """Refuse a run that measures nothing, options that it would ignore, and to lose a file."""
         if not self.kinds:
             raise ConfigError(
-                "nothing to measure; give --classify FILE --labels a,b, --references FILE, --choices FILE or "
-                "--perplexity FILE, or several"
+                "nothing to measure; give --classify FILE --labels a,b, --references FILE, --choices FILE, "
+                "--perplexity FILE, --golden FILE, --blind.prompts FILE or --judge.prompts FILE, or several"
             )
         if self.classify is not None and self.labels is None:
             raise ConfigError("labels are missing; name them, as in --labels positive,negative")
@@ -87,14 +188,28 @@ class EvaluateConfig(ModelOptions):
                 raise ConfigError(f"{name} is set without {' or '.join(kinds)}, which it belongs to; leave it out")
         counts = ("samples", "max_rows", "max_new_tokens", "max_tokens", "batch_size", "window", "stride")
         check_counts(**{name: getattr(self, name) for name in counts})
-        if self.output is not None and Path(self.output).is_file() and not self.overwrite:
-            raise ConfigError(f"{self.output} is there already; name another file, or replace it with --overwrite")
+        for file in (self.output, self.golden_page):
+            if file is not None and Path(file).is_file() and not self.overwrite:
+                raise ConfigError(f"{file} is there already; name another file, or replace it with --overwrite")
+        self._check_answers()
         self.others  # noqa: B018 - refuses names that are none
+
+    def _check_answers(self) -> None:
+        """Refuse a judge of nothing, files that several models would write, and what given answers leave idle."""
+        if self.judge.model is not None and not self.judge.asked and self.golden is None:
+            raise ConfigError("judge.model has nothing to judge; give --judge.prompts, --judge.key or --golden")
+        for name, given in (("blind", self.blind.asked), ("golden_page", self.golden_page), ("answers", self.answers)):
+            if given and self.also is not None:
+                raise ConfigError(f"{name} is for two models, and also names more; leave one of them out")
+        if self.answers is not None and set(self.kinds) <= set(ANSWERED):
+            for name in ("adapter", "base", "max_new_tokens", "batch_size"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} has no effect on answers that are given; leave it out")
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds that are asked for."""
-        return tuple(kind for kind in KINDS if getattr(self, kind) is not None)
+        return tuple(kind for kind in KINDS if _asked(getattr(self, kind)))
 
     @property
     def others(self) -> dict[str, ModelOptions]:
@@ -115,19 +230,34 @@ class EvaluateConfig(ModelOptions):
         return ModelOptions(model=self.model if adapter else path, adapter=path if adapter else None, **given)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the options, read the data, load the models, measure, print, write."""
+def _asked(value: Any) -> bool:
+    """Tell whether the option of a kind, or its group of options, asks for it."""
+    return value.asked if isinstance(value, BlindOptions | JudgeOptions) else value is not None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the options, read the data, load the models, measure, print, write; return 1 for a result to doubt."""
     config = parse(EvaluateConfig, argv, prog="python -m minitune.evaluate", description=__doc__.split("\n")[0])
     from minitune.files import atomic_file, write_json
 
     if config.output is None:
-        print(table(measure(config)))
-        return
+        result = measure(config)
+        print(table(result))
+        return _problems(result)
     with atomic_file(config.output) as path:  # fails before the work, not after
         result = measure(config)
         print(table(result))
         write_json(path, result)
     print(f"written to {config.output}")
+    return _problems(result)
+
+
+def _problems(result: dict[str, Any]) -> int:
+    """Print what makes a result unreliable to stderr; 1 where there is something, else 0."""
+    found = [one["problem"] for one in result.values() if isinstance(one, dict) and "problem" in one]
+    for problem in found:
+        print(f"error: {problem}", file=sys.stderr)
+    return int(any(map(_problems, result.get("others", {}).values())) or bool(found))
 
 
 def measure(config: EvaluateConfig) -> dict[str, Any]:
@@ -137,6 +267,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     """
     kinds = {name: load_kind(name) for name in config.kinds}
     tasks = {name: kind.read(config) for name, kind in kinds.items()}  # first: an error should not wait for the model
+    used = any(getattr(task, "needs_model", True) for task in tasks.values())
     start = time.monotonic()
     models = {"": config, **config.others}
     found = {name: _found(options, kinds, tasks, config) for name, options in models.items()}
@@ -146,7 +277,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     described = {}
     for name, options in models.items():
         against = {} if alone and not name else base
-        described[name] = {"model": options.model, "adapter": options.adapter}
+        described[name] = {"model": options.model if used else None, "adapter": options.adapter}
         described[name] |= {"base": config.reference.model} if against else {}
         for key, kind in kinds.items():
             described[name][kind.KEY] = kind.report(tasks[key], found[name][key], against.get(key), config)
@@ -163,14 +294,23 @@ def load_kind(name: str) -> Any:
 def _found(
     options: ModelOptions, kinds: dict[str, Any], tasks: dict[str, Any], config: EvaluateConfig
 ) -> dict[str, Any]:
-    """Return what each kind measured of one model, which is gone then: two at once may not fit."""
+    """Return what each kind measured of one model, which is gone then: two at once may not fit.
+
+    None for one that has its answers already; where all have, no model is loaded.
+    """
+    asked = {name: kind for name, kind in kinds.items() if getattr(tasks[name], "needs_model", True)}
+    if not asked:
+        return dict.fromkeys(kinds)
     model, tokenizer = options.load()
-    return {name: kind.measure(model, tokenizer, tasks[name], config) for name, kind in kinds.items()}
+    found = {name: kind.measure(model, tokenizer, tasks[name], config) for name, kind in asked.items()}
+    return dict.fromkeys(kinds) | found
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the results as lines for a reader."""
-    lines = [f"model       {result['model']}" + (f" + {result['adapter']}" if result["adapter"] else "")]
+    lines = []
+    if result["model"] is not None:  # else all answers came from files
+        lines.append(f"model       {result['model']}" + (f" + {result['adapter']}" if result["adapter"] else ""))
     if "base" in result:
         lines.append(f"base        {result['base']}")
     for kind in map(load_kind, KINDS):

@@ -47,6 +47,11 @@ def read_prompts(path: str | Path) -> list[Record]:
     return [_without_answer(record.sides[0]) for record in records]
 
 
+def parse_prompt(fields: dict[str, Any], origin: str) -> Record:
+    """Return the prompt of a row {"prompt"} or {"messages"}, either with "system"; raises RowError for another."""
+    return _without_answer((_parse_prompt if "prompt" in fields else _parse_chat)(fields, origin))
+
+
 def _without_answer(record: Record) -> Record:
     if record.text is not None:
         raise DataError(f"{record.origin}: a text without a question; give rows with a prompt")
@@ -57,7 +62,7 @@ def _without_answer(record: Record) -> Record:
 def _parse_prompt(fields: dict[str, Any], origin: str) -> Record:
     if "completion" in fields:
         return FORMATS["prompt_completion"].parse(fields, origin)
-    if isinstance(fields["prompt"], list):
+    if isinstance(fields.get("prompt"), list):
         return _parse_chat(fields, origin, "prompt")
     text = filled(text_field(fields, "prompt", origin), "a question", "prompt", origin)
     record = _parse_chat(fields | {"prompt": [{"role": "user", "content": text}]}, origin, "prompt")

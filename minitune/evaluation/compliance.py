@@ -32,7 +32,7 @@ def answer_form(form: str) -> Callable[[str], bool]:
             raise ConfigError(f"answer_form is {form!r}; name the choices, as in choices:yes,no")
         return lambda answer: answer.strip() in choices
     if kind == "json":
-        return _json(_validator(value) if value else lambda found: True)
+        return json_test(_validator(value) if value else lambda found: True)
     remedy = "write regex:PATTERN, choices:a,b, json, or json:SCHEMA.json"
     raise ConfigError(f"answer_form is {form!r}{nearest(kind, KINDS)}; {remedy}")
 
@@ -45,7 +45,9 @@ def _regex(pattern: str) -> Callable[[str], bool]:
     return lambda answer: compiled.fullmatch(answer.strip()) is not None
 
 
-def _json(accepts: Callable[[Any], bool]) -> Callable[[str], bool]:
+def json_test(accepts: Callable[[Any], bool]) -> Callable[[str], bool]:
+    """Return the test of an answer that is JSON, as its standard has it, whose value `accepts` takes."""
+
     def complies(answer: str) -> bool:
         try:
             found = loads(answer)
@@ -57,20 +59,30 @@ def _json(accepts: Callable[[Any], bool]) -> Callable[[str], bool]:
 
 
 def _validator(path: str) -> Callable[[Any], bool]:
-    """Return the test of a JSON schema in a file; it is never fetched from elsewhere, nor is what it refers to."""
+    """Return the test of a JSON schema in a file."""
+    try:
+        schema = loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: broken JSON ({error}); correct the schema") from None
+    return schema_test(schema, path)
+
+
+def schema_test(schema: Any, path: str) -> Callable[[Any], bool]:
+    """Return the test of a JSON schema; nothing is fetched from elsewhere, not what it refers to either.
+
+    `path` says where it stands. Raises ConfigError for a schema that is none, or where the package jsonschema is
+    missing; so does the test, where the schema refers to what is not in it.
+    """
     try:
         import jsonschema
         import referencing
     except ImportError:
         raise ConfigError("a schema needs the package jsonschema; install minitune[schema]") from None
     try:
-        schema = loads(Path(path).read_text(encoding="utf-8"))
         kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ConfigError(f"{path}: no JSON schema ({error.message}); correct it") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: broken JSON ({error}); correct the schema") from None
     validator = kind(schema, registry=referencing.Registry())
 
     def accepts(found: Any) -> bool:

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 
 from minitune.data.examples import Example
 from minitune.errors import ConfigError
+from minitune.evaluation.answers import shown_messages
 from minitune.evaluation.reward import last_hidden
+from minitune.evaluation.verdicts import marked
 from minitune.model.transformer import Transformer
 from minitune.text.chat import render_chat
 from minitune.text.tokenizer import Tokenizer
@@ -30,7 +32,6 @@ RUBRIC = (
 )
 
 
-@torch.inference_mode()
 def rank(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -54,6 +55,23 @@ def rank(
         ConfigError: the judge has no chat template, is a reward model, or writes both letters alike.
         DataError: a comparison is too long for the judge.
     """
+    found = differences(model, tokenizer, prompts, answers, rubric, batch_size)
+    return [standings(len(texts), one) for texts, one in zip(answers, found, strict=True)]
+
+
+@torch.inference_mode()
+def differences(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[dict[str, Any]]],
+    answers: Sequence[Sequence[str]],
+    rubric: str = RUBRIC,
+    batch_size: int = 16,
+) -> list[dict[tuple[int, int], float]]:
+    """Return d for every two answers to each prompt, {(i, j): answer i in the first place, j in the second}.
+
+    Arguments and errors as in `rank`.
+    """
     letters = letter_ids(tokenizer)
     asked = [
         (row, first, second)
@@ -68,10 +86,10 @@ def rank(
     head = model.head_weight[list(letters)]  # (2, D): all but these two logits cancel in d
     hidden = last_hidden(model, comparisons, batch_size, "judge")
     logits = model.capped(F.linear(hidden.float(), head.float()))
-    differences: list[dict] = [{} for _ in answers]
+    found: list[dict] = [{} for _ in answers]
     for (row, first, second), difference in zip(asked, (logits[:, 0] - logits[:, 1]).tolist(), strict=True):
-        differences[row][first, second] = difference
-    return [standings(len(texts), found) for texts, found in zip(answers, differences, strict=True)]
+        found[row][first, second] = difference
+    return found
 
 
 def standings(count: int, differences: dict[tuple[int, int], float]) -> list[float]:
@@ -88,11 +106,8 @@ def standings(count: int, differences: dict[tuple[int, int], float]) -> list[flo
 
 def question(prompt: str | Sequence[dict[str, Any]], first: str, second: str, rubric: str) -> str:
     """Return what the judge is asked, with `first` as answer A and `second` as answer B."""
-    if not isinstance(prompt, str):
-        single = len(prompt) == 1
-        prompt = prompt[0]["content"] if single else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-    parts = (("Request", prompt), ("Answer A", first), ("Answer B", second))
-    shown = "\n\n".join(f"[{name}]\n{text.strip()}\n[End of {name.lower()}]" for name, text in parts)
+    request = prompt if isinstance(prompt, str) else shown_messages(prompt)
+    shown = marked([("Request", request), ("Answer A", first), ("Answer B", second)])
     return f"{rubric.strip()}\n\n{shown}\n\nWhich answer is better? Reply with one letter, A or B."
 
 

@@ -120,9 +120,12 @@ def reference_of(record: Record) -> str:
 
 
 def prompt_of(record: Record, tokenizer: Tokenizer) -> tuple[Prompt, bool]:
-    """Return what precedes a row's last answer and whether it is continued as plain text, as training has it."""
+    """Return what precedes a row's last answer and whether it is continued as plain text, as training has it.
+
+    A row that ends with a question, as `data.prompts` reads it, is asked as it is.
+    """
     if record.messages is not None and (tokenizer.chat_template is not None or record.prompt is None):
-        return record.messages[:-1], False
+        return record.messages[: -1 if record.messages[-1]["role"] == "assistant" else None], False
     return record.prompt, True
 
 

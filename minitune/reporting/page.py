@@ -30,10 +30,14 @@ figcaption { font-weight: 600; } svg { width: 100%; max-width: 48rem; height: au
 """
 
 
+def visible(text: Any) -> str:
+    """Return text whose characters without a shape show as `\\x00`, `\\u202e`; lines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" or c in _JOINERS else ascii(c)[1:-1] for c in str(text))
+
+
 def escape(text: Any) -> str:
-    """Return text that stands in HTML as it is; characters that have no shape show as `\\x00`, `\\u202e`."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" or c in _JOINERS else ascii(c)[1:-1] for c in str(text))
-    return html.escape(shown)
+    """Return text that stands in HTML as it is, made `visible`."""
+    return html.escape(visible(text))
 
 
 def page(title: str, parts: Iterable[str], *, style: str = "", script: str = "") -> str:

@@ -1,0 +1,159 @@
+"""Kind "judge": a language model's verdicts on two models' answers, or its scores of one's."""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from minitune.data.prompts import read_prompts
+from minitune.endpoint import Conversation, Reply
+from minitune.errors import ConfigError
+from minitune.evaluation import blind, judging
+from minitune.evaluation.answers import Asked, Duel, duels, model_answers, shown_answer, shown_prompt
+from minitune.evaluation.judge import differences
+from minitune.evaluation.kinds import progress
+from minitune.evaluation.rubric import Rubric, read_rubric
+from minitune.evaluation.verdicts import Missing, ask_all
+from minitune.evaluation.wins import Outcome
+from minitune.sources import resolve
+
+KEY = "judge"
+
+
+@dataclass(frozen=True)
+class Task(Asked):
+    """Prompts that are asked now or the answers of a blind comparison, the rubric, and people's votes by place."""
+
+    duels: tuple[Duel, ...] = ()
+    rubric: Rubric | None = None
+    votes: dict[int, Outcome] | None = None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a model has to be loaded to answer."""
+        return not self.duels and not self.given
+
+
+def read(config: Any) -> Task:
+    """Return what is judged and by what; errors as `read_rubric`, `read_prompts` and `blind.read_key`."""
+    options = config.judge
+    rubric = read_rubric(options.rubric)
+    if options.key is None:
+        asked = Asked.of(read_prompts(resolve(options.prompts))[: config.max_rows], config.answers)
+        if options.by == "pairs":
+            check_two(config, asked, "judge.by pairs")
+        return Task(asked.records, asked.given, rubric=rubric)
+    key = blind.read_key(options.key)
+    votes = None if options.votes is None else key.outcomes(blind.votes_of(options.votes, key))
+    return Task((), duels=key.duels, rubric=rubric, votes=votes)
+
+
+def measure(model: Any, tokenizer: Any, task: Asked, config: Any) -> list[Reply]:
+    """Return the model's answers."""
+    options = {"max_new_tokens": config.max_new_tokens or 256, "batch_size": config.batch_size or 32}
+    with progress(len(task.records), "answer", "prompts") as update:
+        return model_answers(model, tokenizer, task.records, on_batch=update, **options)
+
+
+def report(task: Task, found: list | None, base: list | None, config: Any) -> dict[str, Any]:
+    """Ask the judge and return what its verdicts come to, with a "problem" where too many are missing."""
+    options, pairs = config.judge, list(task.duels)
+    ours, theirs = task.both(found, base)
+    if not pairs and theirs is not None:
+        pairs = duels(task.records, ours, theirs)
+    if options.by == "pairs":
+        if options.read == "probabilities":
+            verdicts = _letters(pairs, task.rubric, config)
+        else:
+            verdicts = _written(partial(judging.pairwise_verdicts, pairs, task.rubric), len(pairs), config)
+        made = judging.pairwise_result(pairs, verdicts, task.votes)
+    else:
+        made = _scores(task, pairs, ours, config)
+    asked = made["judged"] + made["without_verdict"]
+    described = {"judge": options.name, "rubric": options.rubric or "default", "by": options.by}
+    return described | made | problem_of(made["without_verdict"], asked, options.max_missing)
+
+
+def _scores(task: Task, pairs: list[Duel], ours: list[Reply] | None, config: Any) -> dict[str, Any]:
+    """Return the scores of both models' answers, or of the one's there are."""
+    if pairs:
+        prompts = [duel.prompt for duel in pairs]
+        sides = [[duel.tuned for duel in pairs], [duel.base for duel in pairs]]
+    else:
+        prompts, sides = [shown_prompt(record) for record in task.records], [ours]
+    shown = [shown_answer(one) for side in sides for one in side]
+    score = partial(judging.score_answers, prompts * len(sides), shown, task.rubric)
+    found = _written(score, len(shown), config)
+    halves = [found[start : start + len(prompts)] for start in range(0, len(found), len(prompts))]
+    return judging.scored_result(*halves, **({"duels": pairs, "votes": task.votes} if pairs else {}))
+
+
+def _letters(pairs: list[Duel], rubric: Rubric, config: Any) -> list[judging.Both | None]:
+    """Return verdicts read from the probabilities of the letters A and B, which are never missing."""
+    model, tokenizer = config.judge.load_model()
+    asked = [duel for duel in pairs if not duel.identical]
+    answers = [[shown_answer(duel.tuned), shown_answer(duel.base)] for duel in asked]
+    size = config.judge.batch_size or 16
+    found = differences(model, tokenizer, [duel.prompt for duel in asked], answers, rubric.text, size)
+    letters = [tuple("A" if one[order] > 0 else "B" if one[order] < 0 else "TIE" for order in ((0, 1), (1, 0)))
+               for one in found]  # fmt: skip
+    read = iter(letters)
+    return [None if duel.identical else next(read) for duel in pairs]
+
+
+def _written(ask: Any, total: int, config: Any) -> Any:
+    """Call what asks the judge and reads its words, with its journal and a progress bar."""
+    with progress(total, "judge", "replies") as update:
+        return ask(config.judge.load(), on_batch=update, **_asking(config.judge))
+
+
+def _asking(options: Any) -> dict[str, Any]:
+    """Return the options of `ask_all`; the judge's identity is its name and all that shapes its replies."""
+    settings = (
+        options.name,
+        options.max_new_tokens,
+        options.temperature,
+        options.seed,
+        options.dtype,
+        options.quantize,
+    )
+    at_once = (options.batch_size or 32) if options.endpoint is None else (options.parallel or 4)
+    return {"judge": json.dumps(settings), "journal": options.journal, "at_once": at_once}
+
+
+def asker(config: Any) -> Any:
+    """Return a function from questions to the judge's replies, each a Reply or what is missing instead."""
+    responder = config.judge.load()
+
+    def ask(questions: list[Conversation]) -> list[Reply | Missing]:
+        with progress(len(questions), "judge", "replies") as update:
+            return ask_all(responder, questions, on_batch=update, **_asking(config.judge))
+
+    return ask
+
+
+def problem_of(missing: int, asked: int, most: float) -> dict[str, str]:
+    """Return {"problem": line} where more than the share `most` of what was asked has no verdict, else nothing."""
+    if missing <= most * asked:
+        return {}
+    share = f"{missing} of {asked} have no verdict, more than max_missing {most:g}"
+    return {"problem": f"{share}: the result stands on too few; see why above, and run again with --judge.journal"}
+
+
+def check_two(config: Any, asked: Asked, what: str) -> None:
+    """Raise ConfigError where there is no second model to compare with."""
+    second = len(asked.given) == 2 if asked.given else config.base is not None or config.adapter is not None
+    if not second:
+        remedy = "give --adapter, --base, or --answers [tuned.jsonl,base.jsonl]"
+        raise ConfigError(f"{what} compares two models, and there is one; {remedy}")
+
+
+def model_name(config: Any) -> str:
+    """Return the tuned model's name."""
+    return config.model if config.adapter is None else f"{config.model} + {config.adapter}"
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """Return the judge and what its verdicts come to."""
+    head = f"judge       {found['judge']}, rubric {found['rubric']}, by {found['by']}"
+    return [head, *judging.lines(found)]
