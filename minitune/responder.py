@@ -7,6 +7,7 @@ a counter was rejected for that reason.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ class ResponderOptions(ModelOptions):
         local = {field.name for field in dataclasses.fields(ModelOptions)} - {"model"} | {"batch_size"}
         for name in given:
             if self.model is None:
-                raise ConfigError(f"{name} is set, but no model is named that answers; give its name, as --judge.model")
+                raise ConfigError(f"{name} is set, but no model is named that answers; name one with .model")
             if self.endpoint is None and name in REMOTE:
                 raise ConfigError(f"{name} belongs to an endpoint, and none is given; leave it out")
             if self.endpoint is not None and name in local:
@@ -111,6 +112,18 @@ class ResponderOptions(ModelOptions):
             return f"{self.model} at {self.endpoint}"
         return self.model if self.adapter is None else f"{self.model} + {self.adapter}"
 
+    @property
+    def identity(self) -> str:
+        """What decides the replies, for journals of them: the model and how it answers, not how it is reached."""
+        ignored = {"device", "backend", "batch_size", *REMOTE}
+        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.dumps({name: value for name, value in chosen.items() if name not in ignored}, sort_keys=True)
+
+    @property
+    def at_once(self) -> int:
+        """How many conversations to hand over in one call, so that none waits and little is lost with a call."""
+        return (self.batch_size or 32) if self.endpoint is None else (self.parallel or 4)
+
     def load(self) -> Responder:  # type: ignore[override]
         """Return what answers, its model loaded where it is one of this machine.
 
@@ -123,7 +136,7 @@ class ResponderOptions(ModelOptions):
         model, tokenizer = super().load()
         return local_responder(
             model, tokenizer, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed or 0,
-            batch_size=self.batch_size or 32,
+            batch_size=self.at_once,
         )  # fmt: skip
 
     def _remote(self) -> Endpoint:

@@ -128,7 +128,7 @@ def test_only_data_is_needed_and_defaults_are_filled_in():
     assert full.lora == LoRAOptions() and full.data == (Source("a"), Source("b")) and full.resolved() == full
 
 
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in cli.RECIPES.glob("*.yaml")))
+@pytest.mark.parametrize("recipe", sorted({path.stem for path in cli.RECIPES.glob("*.yaml")} - {"synthesis"}))
 def test_recipes_are_valid(recipe):
     data = [] if recipe == "mixture" else ["--data", "x"]
     config = parse("--config", recipe, *data).resolved()
