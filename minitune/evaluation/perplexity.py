@@ -16,9 +16,11 @@ of scored positions, chunk by chunk: the logits never exist whole.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from minitune.data.reading import read_rows
 from minitune.errors import ConfigError, DataError, counted
 from minitune.evaluation.bootstrap import interval, ratio_of
 from minitune.evaluation.comparison import FEWEST
@@ -44,6 +46,14 @@ class Perplexity:
     interval: tuple[float, float] | None = None
     bits_per_byte: float | None = None
     bits_per_byte_interval: tuple[float, float] | None = None
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a UTF-8 text file; raises DataError for another kind, an empty or a broken one."""
+    if path.suffix != ".txt":
+        raise DataError(f"{path}: perplexity reads plain text; give a .txt file")
+    ((_, fields),) = read_rows(path)
+    return fields["text"]
 
 
 def perplexity(
