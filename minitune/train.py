@@ -4,8 +4,10 @@
     python -m minitune.train --config full --data rows.jsonl          # a recipe, with options on top
     python -m minitune.train --output runs/train --resume             # go on after an interruption
 
-Exit codes: 0 finished; 2 a mistake in the input, said in one line; 143 after SIGTERM and 130 after Ctrl-C, both
-with the state saved, so that --resume goes on where it stopped.
+    python -m minitune.train --data rows.jsonl --require "best_loss<=1.2" --require "gain.low>0"
+
+Exit codes: 0 finished; 2 a mistake in the input, said in one line; 3 finished, but a --require does not hold; 143 after
+SIGTERM and 130 after Ctrl-C, both with the state saved, so that --resume goes on where it stopped.
 """
 
 import sys
@@ -13,12 +15,13 @@ from pathlib import Path
 
 from minitune.cli import parse
 from minitune.errors import run_command
+from minitune.reporting.gates import gathered, verdict
 from minitune.training.config import TrainConfig
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the options, train, say where the result is; returns the exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments = gathered(sys.argv[1:] if argv is None else argv)
     prog, description = "python -m minitune.train", "Fine-tune a language model."
     config = parse(TrainConfig, arguments, prog=prog, description=description)
     saved = Path(config.output) / "config.yaml"
@@ -30,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     if result.signal is not None:
         print(f"stopped and saved; go on with: {prog} --output {result.folder} --resume", file=sys.stderr)
         return 128 + result.signal
-    print(f"{result.status}: {result.result}\nreport: {result.folder / 'report.md'}")
-    return 0
+    print(f"{result.status}: {result.result}\nreport: {result.folder / 'report.md'}, report.html")
+    return verdict(result.gates)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ FLOORS = [
     {"cli", "device", "endpoint", "sampling", "sources", "ops", "text"},
     {"model", "data", "losses"},
     {"checkpoint", "curation", "decoding", "memory", "reporting"},
-    {"training", "evaluation", "loading"},
-    {"responder"},
+    {"evaluation", "loading", "planning"},
+    {"training", "responder"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 DOORS = {path.stem for path in (ROOT / "minitune").glob("*.py")} - FLOOR.keys() - {"__init__"}

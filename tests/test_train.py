@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from minitune.errors import run_command
 from minitune.train import main
@@ -292,9 +293,11 @@ def test_the_report_shows_the_weights_that_were_kept_and_commands_that_can_be_pa
     names = ("minitune", "torch", "dtype", "device", "threads", "processor")
     (folder / "environment.json").write_text(json.dumps(dict.fromkeys(names, "x")))
     outcome = {"status": "finished", "steps": 2, "base_loss": 3.0, "best_loss": 1.0, "best_step": 1, "seconds": 1.0,
-               "target_tokens": 9, "peak_rss_mb": 1.0, "parted_step": None, "result": folder / "adapter"}  # fmt: skip
-    options = dataclasses.asdict(TrainConfig(data="rows.jsonl").resolved())
-    text = write_report(folder, options, outcome).read_text()
+               "target_tokens": 9, "peak_rss_mb": 1.0, "parted_step": None, "result": str(folder / "adapter")}
+    (folder / "outcome.json").write_text(json.dumps(outcome))
+    options = json.loads(json.dumps(dataclasses.asdict(TrainConfig(data="rows.jsonl").resolved())))
+    (folder / "config.yaml").write_text(yaml.safe_dump(options))
+    text = write_report(folder)[0].read_text()
     assert "answer of 0" in text and "answer of 1" in text and "answer of 2" not in text
     assert f"--adapter '{folder}/adapter' --chat" in text and f"--output '{folder}/merged'" in text
     assert "```python\nimport transformers\n" in text

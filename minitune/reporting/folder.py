@@ -5,6 +5,7 @@ is written or deleted.
 """
 
 import json
+import os
 import platform
 import shutil
 import sys
@@ -20,7 +21,8 @@ from minitune.errors import ConfigError
 from minitune.files import atomic_file
 
 CONTENTS = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "tensorboard", "checkpoints",
-            "adapter", "model", "report.md", "loss.png")  # fmt: skip
+            "adapter", "model", "report.md", "report.html", "loss.png", "facts.json", "outcome.json", "rows.json",
+            "evaluations")  # fmt: skip
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "jinja2", "gguf")
 
 
@@ -39,12 +41,16 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise ConfigError(f"output {folder} is not empty and no run (it has {foreign[0]}); use another --output")
 
 
-def write_run_files(folder: Path, options: dict[str, Any], files: list[dict], environment: dict[str, Any]) -> None:
-    """Write config, environment and data; clear an old run that is to be overwritten.
+def write_run_files(
+    folder: Path, options: dict[str, Any], files: list[dict], environment: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Write config, environment, data and its facts; clear an old run that is to be overwritten.
 
-    A run that is resumed has them already: what differs from then, and may change its numbers, is said on stderr.
+    A run that is resumed has them already: what differs from then, and may change its numbers, is said on stderr. It
+    has no outcome any more.
     """
     if options["resume"]:
+        (folder / "outcome.json").unlink(missing_ok=True)
         before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         for name in ("torch", "processor", "device", "threads"):
             if before.get(name) != environment[name]:
@@ -58,11 +64,18 @@ def write_run_files(folder: Path, options: dict[str, Any], files: list[dict], en
     texts = {
         "environment.json": json.dumps(environment, indent=1),
         "data.json": json.dumps(files, indent=1),
+        "facts.json": json.dumps(facts, indent=1),
         "config.yaml": yaml.safe_dump(options, sort_keys=False),  # last: with it, the folder is a run
     }
     for name, text in texts.items():
         with atomic_file(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def write_outcome(folder: Path, outcome: dict[str, Any]) -> None:
+    """Write how the run ended: "status" is finished, no improvement, stopped or failed, which comes with an "error"."""
+    with atomic_file(folder / "outcome.json") as temporary:
+        temporary.write_text(json.dumps(outcome, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -80,4 +93,15 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "device": str(device),
         "dtype": str(dtype),
         "threads": torch.get_num_threads(),
+        "memory_mb": _memory_mb(),
     }
+
+
+def _memory_mb() -> float | None:
+    """Return the memory that this process may have, in MB (10^6 bytes): the machine's, or less where it is limited."""
+    limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    texts = [path.read_text().strip() for path in limits if path.is_file()]
+    sizes = [int(text) for text in texts if text.isdigit()]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return round(min(sizes) / 1e6, 1) if sizes else None

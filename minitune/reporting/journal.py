@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minitune.files import atomic_file
+from minitune.files import atomic_file, read_json
 
 
 class Journal:
@@ -64,6 +64,14 @@ class Journal:
         for sample in line["samples"]:
             self.say(f"  > {_short(sample['prompt'])}\n    {_short(sample['answer'])}")
 
+    def rows(self, step: int, losses: list[tuple[float, int]]) -> None:
+        """Keep each validation row's (summed loss, targets) of step 0 and of the latest `step` that was the best."""
+        if losses:
+            kept = {0: read_rows_of(self.path.parent, 0), step: losses}
+            content = {str(at): [[float(f"{loss:.6g}"), count] for loss, count in rows] for at, rows in kept.items()}
+            with atomic_file(self.path.parent / "rows.json") as temporary:
+                temporary.write_text(json.dumps(content), encoding="utf-8")
+
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         tqdm.write(text, file=sys.stderr)
@@ -87,6 +95,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def read_rows_of(folder: Path, step: int) -> list[tuple[float, int]]:
+    """Return each validation row's (summed loss, targets) at a step, as `Journal.rows` kept them; [] if it did not."""
+    kept = read_json(folder / "rows.json", optional=True).get(str(step), [])
+    return [(loss, count) for loss, count in kept]
 
 
 def peak_memory_mb() -> float:

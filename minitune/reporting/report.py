@@ -1,6 +1,8 @@
 """The report of a run: what was trained on what, with which result, and how to load it.
 
-Everything in it is read from the run folder, so it says what happened and not what was intended.
+Everything in it is read from the run folder, so it says what happened and not what was intended, and it can be written
+again at any time (`python -m minitune.report RUN`), with what was measured since. What was not measured is said to be
+so, with the command that measures it: a report that is silent about forgetting reads as if there were none.
 """
 
 import json
@@ -8,175 +10,229 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from minitune.errors import counted
-from minitune.reporting import watch
-from minitune.reporting.journal import read_metrics
+from minitune.files import atomic_file
+from minitune.reporting.before_after import after_parts, forgetting_parts, safety_parts
+from minitune.reporting.diagnosis import diagnose
+from minitune.reporting.document import Chart, Code, Paragraph, Part, Section, Table, html, markdown
+from minitune.reporting.record import MEASURES, Run, read_run
 
 
-def write_report(folder: Path, options: dict[str, Any], outcome: dict[str, Any]) -> Path:
-    """Write `report.md` and, where matplotlib is installed, `loss.png`; returns the report's path.
+def write_report(folder: Path) -> list[Path]:
+    """Write `report.md`, `report.html` and, where matplotlib is installed, `loss.png`; returns the two reports' paths.
 
-    `options` and `outcome` are the fields of the run's configuration and of its result.
+    Raises ConfigError where the folder is no run.
     """
-    lines = read_metrics(folder)
-    evaluations = [line for line in lines if "validation_loss" in line]
-    files = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    picture = plot_losses(folder / "loss.png", lines)
-    parts = [
-        f"# {options['objective']}, {options['method']}, of {options['model']}\n",
-        _result(outcome, evaluations, [line for line in lines if "loss" in line]),
-        _preferences(evaluations, outcome["best_step"]),
-        "![loss](loss.png)\n" if picture else "",
-        _data(files),
-        _usage(options, outcome),
-        _samples(evaluations, outcome["best_step"]),
-        _settings(options, environment),
+    run = read_run(folder)
+    picture = plot_losses(folder / "loss.png", run)
+    title = f"{run.options['objective']}, {run.options['method']}, of {run.options['model']}"
+    found = sections(run, picture)
+    paths = []
+    for name, render in (("report.md", markdown), ("report.html", html)):
+        with atomic_file(folder / name) as place:
+            place.write_text(render(title, found), encoding="utf-8")
+        paths.append(folder / name)
+    return paths
+
+
+def sections(run: Run, picture: bool) -> list[Section]:
+    """Return what the report says, in order; `picture` says whether there is a loss.png."""
+    return [
+        Section("Result", _result(run)),
+        Section("Before and after", after_parts(run)),
+        Section("Preferences", _preferences(run)),
+        Section("Diagnosis", _diagnosis(run)),
+        Section("Loss", [_chart(run, "loss.png" if picture else "")]),
+        Section("Data", _data(run)),
+        Section("Forgetting", forgetting_parts(run)),
+        Section("Safety", safety_parts(run)),
+        Section("Samples", _samples(run)),
+        Section("Cost", _cost(run)),
+        Section("Use it", _usage(run)),
+        Section("Configuration", _configuration(run)),
     ]
-    path = folder / "report.md"
-    path.write_text("\n".join(part for part in parts if part), encoding="utf-8")
-    return path
 
 
-def plot_losses(path: Path, lines: list[dict[str, Any]]) -> bool:
+def _chart(run: Run, picture: str) -> Chart:
+    """Return the losses over the steps; on a logarithmic axis where a high start makes the rest a flat line."""
+    unit = "pair or answer" if any("chosen_reward" in line for line in run.steps) else "target token"
+    series = {
+        "training": [(line["step"], line["loss"]) for line in run.steps],
+        "validation": [(line["step"], line["validation_loss"]) for line in run.evaluations],
+    }
+    values = [value for points in series.values() for _, value in points if value > 0]
+    log_y = bool(values) and max(values) > 10 * min(values)
+    shown = {name: points for name, points in series.items() if points}
+    return Chart("Loss", shown, "step", f"loss (nats per {unit})", log_y, picture)
+
+
+def plot_losses(path: Path, run: Run) -> bool:
     """Draw training and validation loss over the steps; False where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    chart = _chart(run, path.name)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    unit = "pair or answer" if any("chosen_reward" in line for line in lines) else "target token"
-    axes = figure.add_subplot(xlabel="step", ylabel=f"loss (nats per {unit})")
-    for name, style, label in (("loss", "-", "training"), ("validation_loss", "o-", "validation")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
-    values = [line[name] for line in lines for name in ("loss", "validation_loss") if line.get(name, 0) > 0]
-    if values and max(values) > 10 * min(values):
-        axes.set_yscale("log")  # else a high start makes the rest a flat line
+    axes = figure.add_subplot(xlabel=chart.x_label, ylabel=chart.y_label)
+    for name, points in chart.series.items():
+        style = "o-" if name == "validation" else "-"
+        axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1, markersize=4)
+    if chart.log_y:
+        axes.set_yscale("log")
     axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half of a step
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    if chart.series:
+        axes.legend()
     figure.savefig(path, dpi=120)
     return True
 
 
-def _result(outcome: dict[str, Any], evaluations: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
-    """Say how the run ended, in a table, and what to think of it."""
-    base, best, tokens = outcome["base_loss"], outcome["best_loss"], outcome["target_tokens"]
+def _result(run: Run) -> list[Part]:
+    """Say how the run ended, and which gates it passed."""
+    steps, best = run.steps, run.best
+    how = run.outcome.get("status") or ("it still goes on" if run.running else "it did not finish")
     rows = {
-        "how it ended": f"{outcome['status']}, {counted(outcome['steps'], 'step')}",
-        "validation loss before": base and f"{base:.4f}",
-        "validation loss, best": best and f"{best:.4f} at step {outcome['best_step']:,}",
-        "validation loss, last": best and f"{evaluations[-1]['validation_loss']:.4f}",
+        "how it ended": f"{how}, {counted(steps[-1]['step'] if steps else 0, 'step')}",
+        "what it died of": run.outcome.get("error"),
+        "validation loss before": run.base_loss and f"{run.base_loss:.4f}",
+        "validation loss, best": best and f"{best['validation_loss']:.4f} at step {best['step']:,}",
+        "validation loss, last": best and f"{run.evaluations[-1]['validation_loss']:.4f}",
         "training loss, last step": steps and f"{steps[-1]['loss']:.4f}",
-        "target tokens": f"{tokens:,} ({tokens / max(outcome['seconds'], 1e-9):,.0f} per second)",
-        "training time": f"{outcome['seconds']:,.1f} s",
-        "peak memory": f"{outcome['peak_rss_mb']:,.0f} MB",
     }
-    text = "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value)
-    if outcome["parted_step"] is not None:
-        text += (
-            f"\n**Over-fitting**: after step {outcome['parted_step']:,} the validation loss rose while the training "
-            "loss went on falling. More data, fewer epochs, a lower rank or dropout help.\n"
-        )
-    if best and base and best >= base:
-        text += "\n**No gain**: no step had a lower validation loss than the base model.\n"
-    return text
+    parts: list[Part] = [Table(("", ""), [(name, value) for name, value in rows.items() if value])]
+    gates = run.outcome.get("gates")
+    if gates:
+        shown = [(gate["gate"], gate["value"], "passed" if gate["passed"] else "FAILED") for gate in gates]
+        parts.append(Table(("required", "measured", ""), shown))
+    return parts
 
 
-_MEASURES = {
-    "accuracy": "accuracy (chosen has the higher reward)",
-    "prefers_chosen": "chosen has the higher log-probability",
-    "accuracy_chosen_longer": "accuracy where chosen is longer",
-    "accuracy_chosen_shorter": "accuracy where chosen is shorter",
-    "margin": "margin of the rewards",
-    "chosen_reward": "reward of chosen answers",
-    "rejected_reward": "reward of rejected answers",
-    "chosen_log_probability": "log-probability of chosen answers (nats)",
-    "rejected_log_probability": "log-probability of rejected answers (nats)",
-    "kl": "log-ratio to the reference (nats an answer)",
-    "chosen_length": "length of chosen answers (tokens)",
-    "rejected_length": "length of rejected answers (tokens)",
-}
-
-
-def _preferences(evaluations: list[dict[str, Any]], best_step: int | None) -> str:
-    """Compare what preferences are watched by, before training and at the weights that were kept; "" for other runs."""
-    last = next((line for line in evaluations if line["step"] == best_step), None)
-    if last is None or "validation_chosen_length" not in last:
-        return ""
-    text = f"## Preferences\n\n| on the validation rows | before | step {best_step:,} |\n|---|---|---|\n"
-    for name, title in _MEASURES.items():
-        values = [line.get(f"validation_{name}") for line in (evaluations[0], last)]
+def _preferences(run: Run) -> list[Part]:
+    """Compare what preferences are watched by, before training and at the weights that were kept."""
+    best = run.best
+    if best is None or "validation_chosen_length" not in best:
+        return []
+    rows = []
+    for name, title in MEASURES.items():
+        values = [line.get(f"validation_{name}") for line in (run.evaluations[0], best)]
         if None not in values:
-            text += f"| {title} | {values[0]:.3f} | {values[1]:.3f} |\n"
-    return text + "".join(f"\n**Warning**: {warning}.\n" for warning in watch.preferences(evaluations[0], last))
+            rows.append((title, f"{values[0]:.3f}", f"{values[1]:.3f}"))
+    return [Table(("on the validation rows", "before", f"step {best['step']:,}"), rows)]
 
 
-def _data(files: list[dict[str, Any]]) -> str:
-    """List the data files."""
-    names = ("file", "sha256", "training examples", "validation examples", "target tokens")
-    head = f"## Data\n\n| {' | '.join(names)} |\n{'|---' * len(names)}|\n"
-    return head + "".join(
-        f"| {f['path']} | {f['sha256'][:16]}... | {f['training_examples']:,} | {f['validation_examples']:,} "
-        f"| {f['target_tokens']:,} |\n"
-        for f in files
-    )
+def _diagnosis(run: Run) -> list[Part]:
+    """Say what `python -m minitune.doctor` finds."""
+    found = diagnose(run)
+    parts: list[Part] = [] if any(one.alarm for one in found) else [Paragraph("Nothing that looks like a fault.")]
+    for finding in found:
+        lead = finding.name.capitalize() if finding.alarm else f"Note: {finding.name}"
+        parts.append(Paragraph(f"{finding.evidence}. To do: {finding.remedy}.", lead))
+    return parts
 
 
-def _usage(options: dict[str, Any], outcome: dict[str, Any]) -> str:
-    """Say how to load the result, here and elsewhere."""
-    result = outcome["result"]
-    model, folder, quoted = shlex.quote(options["model"]), str(result), shlex.quote(str(result))
-    if options["objective"] == "reward":
-        return _reward_usage(result, model, quoted)
-    commands = [f"python -m minitune.generate --model {quoted} --chat"]
-    if result.name == "adapter":
-        folder = str(result.with_name("merged"))
-        commands = [
-            f"python -m minitune.generate --model {model} --adapter {quoted} --chat",
-            f"python -m minitune.export --model {model} --adapter {quoted} --merge --output {shlex.quote(folder)}",
-        ]
-    which = "the best validation loss" if outcome["best_step"] is not None else "the last step"
-    theirs = f"import transformers\n\nmodel = transformers.AutoModelForCausalLM.from_pretrained({folder!r})"
-    after = "Elsewhere, once that export is written:" if result.name == "adapter" else "Elsewhere:"
-    shell, python = "\n".join(commands), f"```python\n{theirs}\n```"
-    return f"## Use it\n\nThe weights of {which}:\n\n```\n{shell}\n```\n\n{after}\n\n{python}\n"
+def _data(run: Run) -> list[Part]:
+    """List the data files, what was counted in them, and where their rows came from."""
+    head = ("file", "sha256", "used for", "training examples", "validation examples", "target tokens")
+    files = [
+        (file["path"], f"{file['sha256'][:16]}...", file.get("role", ""), file["training_examples"],
+         file["validation_examples"], file["target_tokens"])
+        for file in run.files
+    ]  # fmt: skip
+    parts: list[Part] = [Table(head, files)]
+    origins = [(file["path"], one["path"], one["role"], one["examples"])
+               for file in run.files for one in file.get("origins") or ()]  # fmt: skip
+    if origins:
+        parts.append(Table(("file", "origin of its rows", "role", "examples"), origins))
+    lint = {
+        "rows equal to another": "copies", "rows whose question has another answer too": "contradicted",
+        "validation rows that are training rows": "leaked", "documents without an end of turn": "unended",
+    }  # fmt: skip
+    counts = [(title, run.data[name]) for title, name in lint.items() if name in run.data]
+    counts += [(f"rows {what}", sum(file.get(name, 0) for file in run.files))
+               for name, what in (("dropped", "left out as too long"), ("shortened", "shortened to fit"))]  # fmt: skip
+    parts.append(Table(("lint of the training rows", "count"), counts))
+    if labels := run.data.get("labels"):
+        parts.append(Table(("answer", "training rows"), list(labels.items())))
+    paths = " ".join(shlex.quote(file["path"]) for file in run.files if file.get("role") == "training")
+    return [*parts, Paragraph("Near duplicates, mixed formats, personal data and more:"),
+            Code(f"python -m minitune.prepare {paths}", "sh")]  # fmt: skip
 
 
-def _reward_usage(result: Path, model: str, quoted: str) -> str:
-    """Say how to score answers with a reward model."""
-    which = f"--model {model} --adapter {quoted}" if result.name == "adapter" else f"--model {quoted}"
-    command = f"python -m minitune.score {which} --data pairs.jsonl"
-    theirs = "transformers.AutoModelForSequenceClassification (an adapter through PEFT, task type SEQ_CLS)"
-    return f"## Use it\n\n```\n{command}\n```\n\nElsewhere: {theirs}.\n"
-
-
-def _samples(evaluations: list[dict[str, Any]], best_step: int | None) -> str:
+def _samples(run: Run) -> list[Part]:
     """Show the sampled answers before training, and those of the weights that were kept."""
-    if not evaluations or not evaluations[-1]["samples"]:
-        return ""
-    first = evaluations[0]
-    last = next((evaluation for evaluation in evaluations if evaluation["step"] == best_step), evaluations[-1])
+    if not run.evaluations or not run.evaluations[-1].get("samples"):
+        return []
+    first, last = run.evaluations[0], run.best or run.evaluations[-1]
     before = {sample["prompt"]: sample["answer"] for sample in first["samples"]}  # a resumed run may ask others
-    text = "## Samples\n"
+    parts: list[Part] = []
     for after in last["samples"]:
         shown = {"Prompt": after["prompt"], "Expected": after["expected"]}
         shown |= {f"Step {first['step']}": before.get(after["prompt"], "not asked")}
         shown |= {f"Step {last['step']}": after["answer"]}
         for name, value in shown.items():
-            text += f"\n**{name}**\n\n" + "".join(f"    {line}\n" for line in value.splitlines() or [""])
-        text += "\n---\n"
-    return text
+            parts += [Paragraph("", name), Code(value or " ")]
+    return parts
 
 
-def _settings(options: dict[str, Any], environment: dict[str, Any]) -> str:
-    """Point at the rest."""
-    machine = ", ".join(f"{name} {environment[name]}" for name in ("minitune", "torch", "dtype", "device", "threads"))
+def _cost(run: Run) -> list[Part]:
+    """Say what the run took."""
+    last = run.steps[-1] if run.steps else {}
+    seconds, targets = last.get("seconds", 0), last.get("target_tokens", 0)
+    rows = [
+        ("training time", f"{seconds:,.1f} s"),
+        ("tokens", f"{last.get('tokens', 0):,}"),
+        ("target tokens", f"{targets:,} ({targets / max(seconds, 1e-9):,.0f} per second)"),
+        ("peak memory", f"{run.outcome.get('peak_rss_mb') or last.get('peak_rss_mb', 0):,.0f} MB"),
+        ("energy", "unknown"),
+    ]
+    names = ("minitune", "torch", "dtype", "device", "threads", "processor")
+    rows.append(("machine", ", ".join(f"{name} {run.environment[name]}" for name in names if name in run.environment)))
+    return [Table(("", ""), rows)]
+
+
+def _usage(run: Run) -> list[Part]:
+    """Say how to load the result, here and elsewhere."""
+    result = Path(run.outcome["result"]) if run.outcome.get("result") else None
+    if result is None:
+        return [Paragraph("There is no result to load.")]
+    model, folder, quoted = shlex.quote(run.options["model"]), str(result), shlex.quote(str(result))
+    adapter = result.name == "adapter"
+    if run.options["objective"] == "reward":
+        which = f"--model {model} --adapter {quoted}" if adapter else f"--model {quoted}"
+        theirs = "transformers.AutoModelForSequenceClassification (an adapter through PEFT, task type SEQ_CLS)"
+        return [Code(f"python -m minitune.score {which} --data pairs.jsonl", "sh"), Paragraph(f"Elsewhere: {theirs}.")]
+    commands = [f"python -m minitune.generate --model {quoted} --chat"]
+    if adapter:
+        folder = str(result.with_name("merged"))
+        commands = [
+            f"python -m minitune.generate --model {model} --adapter {quoted} --chat",
+            f"python -m minitune.export --model {model} --adapter {quoted} --merge --output {shlex.quote(folder)}",
+        ]
+    which = "the best validation loss" if run.outcome.get("best_step") is not None else "the last step"
+    theirs = f"import transformers\n\nmodel = transformers.AutoModelForCausalLM.from_pretrained({folder!r})"
+    return [
+        Paragraph(f"The weights of {which}:"),
+        Code("\n".join(commands), "sh"),
+        Paragraph("Elsewhere, once that export is written:" if adapter else "Elsewhere:"),
+        Code(theirs, "python"),
+    ]
+
+
+def _configuration(run: Run) -> list[Part]:
+    """Say what matters most, and give all options as they were resolved."""
+    options = run.options
     rows = f"{options['batch_size']} x {options['accumulation_steps']} rows"
-    return (
-        f"## Settings\n\nLearning rate {options['optimizer']['learning_rate']:g} ({options['schedule']['kind']}), "
-        f"{rows} of at most {options['max_length']} tokens a step, seed {options['seed']}. All options: `config.yaml`. "
-        f"Every step: `metrics.jsonl`.\n\n{machine}; {environment['processor']}\n"
+    text = (
+        f"Learning rate {options['optimizer']['learning_rate']:g} ({options['schedule']['kind']}), {rows} of at most "
+        f"{options['max_length']} tokens a step, seed {options['seed']}. Every step: metrics.jsonl."
     )
+    return [Paragraph(text), Code(yaml.safe_dump(_given(options), sort_keys=False), "yaml", folded="All options")]
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return nested options without those that are None or empty."""
+    found = {name: _given(value) if isinstance(value, dict) else value for name, value in options.items()}
+    return json.loads(json.dumps({name: value for name, value in found.items() if value not in (None, {}, [], ())}))

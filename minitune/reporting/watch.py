@@ -68,6 +68,28 @@ def preferences(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
     return warnings
 
 
+def sampled(parameters: dict[str, nn.Parameter], count: int = 64) -> dict[str, torch.Tensor]:
+    """Return up to `count` elements of each parameter, spread over it, fp64 (count,)."""
+    found = {}
+    for name, parameter in parameters.items():
+        flat = parameter.detach().flatten()
+        places = torch.linspace(0, flat.numel() - 1, min(count, flat.numel()), dtype=torch.float64).round().long()
+        found[name] = flat[places.to(flat.device)].double().cpu()
+    return found
+
+
+def movement(before: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+    """Return how far the parameters have gone since `sampled`, as the run folder has it.
+
+    `moved` is the share of the sampled elements that differ, `update` their root-mean-square difference, `weight` the
+    root mean square of what they are now.
+    """
+    now, then = torch.cat(list(sampled(parameters).values())), torch.cat(list(before.values()))
+    size = {"update": now - then, "weight": now}
+    found = {name: float(value.square().mean().sqrt()) for name, value in size.items()}
+    return {"moved": float((now != then).double().mean()), **found}
+
+
 def bad_weight(model: nn.Module) -> str | None:
     """Return the first parameter that holds a NaN or infinity."""
     return next((f"weight {n}" for n, p in model.named_parameters() if not torch.isfinite(p).all()), None)

@@ -14,169 +14,24 @@ from typing import Any, Literal
 from minitune.data.corpus import Source
 from minitune.data.examples import TrainOn, Truncate
 from minitune.errors import ConfigError, check_seed
-from minitune.model.lora_config import LoRAConfig
-from minitune.ops.quantization import QuantizationConfig
+from minitune.reporting.gates import parse_gates
+from minitune.training.options import OBJECTIVES as OBJECTIVES
+from minitune.training.options import REFERENCED, LoRAOptions, PenaltyOptions, PreferenceOptions, QuantizationOptions
+from minitune.training.options import filled as _filled
+from minitune.training.options import positive as _positive
+from minitune.training.options import require as _require
 
 ADAPTER_METHODS = ("lora", "qlora")
 METHOD_OPTIONS = {  # each belongs to these methods
     "lora": ADAPTER_METHODS, "quantization": ("qlora",), "last_layers": ("last_layers",), "pattern": ("pattern",),
+    "freeze_layers": (*ADAPTER_METHODS, "full"),
 }  # fmt: skip
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 LEARNING_RATES = {"lora": 5e-4, "qlora": 5e-4, "full": 3e-5, "last_layers": 1e-4, "pattern": 1e-4}
-
-
-# What each objective may be told, with its defaults; `losses/preference.py` gives equations and sources.
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "sft": {},
-    "dpo": {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0, "length_normalized": False},
-    "robust": {"beta": 0.1, "label_smoothing": 0.1},
-    "ipo": {"beta": 0.1, "length_normalized": False},
-    "hinge": {"beta": 0.1},
-    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
-    "orpo": {"beta": 0.1, "sft_weight": 1.0},
-    "simpo": {"beta": 2.0, "gamma": 1.0},
-    "cpo": {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 1.0},
-    "reward": {},
-}
-REFERENCED = ("dpo", "robust", "ipo", "hinge", "kto")  # compare with a reference model
 PREFERENCE_RATE = 0.1  # of the learning rate of supervised training: a preference needs few steps to be overdone
 
 
-def _require(good: bool, name: str, value: Any, wanted: str) -> None:
-    """Raise ConfigError naming the field unless `good`."""
-    if not good:
-        raise ConfigError(f"{name} is {value}; it must be {wanted}")
-
-
-def _positive(prefix: str, options: Any, *names: str) -> None:
-    """Refuse zero, negative and non-finite values of the named fields; None passes."""
-    for name in names:
-        value = getattr(options, name)
-        _require(value is None or 0 < value < float("inf"), prefix + name, value, "above 0")
-
-
 Sources = tuple[Source | str, ...] | Source | str | None
-
-
-@dataclass(frozen=True)
-class LoRAOptions:
-    """Low-rank adapters; all None unless `method` is lora or qlora."""
-
-    rank: int | None = None
-    """Width of the adapters; 8 to 64 is usual (default 16)."""
-    alpha: float | None = None
-    """The update is scaled by alpha / rank (default: twice the rank)."""
-    dropout: float | None = None
-    """Share of the adapter's input dropped in training (default 0)."""
-    target_modules: tuple[str, ...] | str | None = None
-    """Linear layers to adapt, as [q_proj,v_proj], or all-linear (default)."""
-    rslora: bool | None = None
-    """Scale by alpha / sqrt(rank) instead (default false)."""
-    dora: bool | None = None
-    """DoRA: train magnitudes apart from directions (default false); slower, and better at low ranks."""
-    init: str | None = None
-    """Start from nothing (kaiming, default) or from the principal components (pissa, or pissa_niter_16, faster)."""
-    modules_to_save: tuple[str, ...] | str | None = None
-    """Modules trained whole and saved with the adapters, as [embed_tokens,lm_head] (default none)."""
-    plus_ratio: float | None = None
-    """LoRA+: the learning rate of B is this many times that of A (default 1; 16 is usual)."""
-
-    def resolved(self) -> "LoRAOptions":
-        """Return a copy with the defaults filled in."""
-        rank = LoRAConfig.rank if self.rank is None else self.rank
-        defaults = dataclasses.asdict(LoRAConfig()) | {"rank": rank, "alpha": 2.0 * rank, "plus_ratio": 1.0}
-        defaults["modules_to_save"] = ()
-        return LoRAOptions(**_filled(self, defaults))
-
-    def adapter(self) -> LoRAConfig:
-        """Return what the model needs to know, checked."""
-        values = dataclasses.asdict(self.resolved())
-        del values["plus_ratio"], values["modules_to_save"]
-        return LoRAConfig(**values)
-
-    def __post_init__(self):
-        """Refuse a ratio without meaning; the rest is checked by what it becomes."""
-        _positive("lora.", self, "plus_ratio")
-
-
-@dataclass(frozen=True)
-class QuantizationOptions:
-    """How method qlora keeps the base's linear layers; all None for other methods."""
-
-    kind: Literal["nf4", "fp4", "int8"] | None = None
-    """nf4 (default), fp4, or int8 with one scale a row."""
-    block_size: int | None = None
-    """Elements that share a scale, a power of two from 32 to 4096 (default 64); not for int8."""
-    double_quant: bool | None = None
-    """Keep the scales in 8 bits too (default true): 4.127 bits a weight instead of 4.5; not for int8."""
-
-    def resolved(self) -> "QuantizationOptions":
-        """Return a copy with the defaults filled in."""
-        defaults = dataclasses.asdict(QuantizationConfig())
-        return QuantizationOptions(**_filled(self, {"kind": "nf4"} if self.kind == "int8" else defaults))
-
-    def config(self) -> QuantizationConfig:
-        """Return what the loader needs to know, checked."""
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return QuantizationConfig(**given)
-
-    def __post_init__(self):
-        """Refuse options that int8 ignores; the rest is checked by what it becomes."""
-        for name in ("block_size", "double_quant"):
-            good = self.kind != "int8" or getattr(self, name) is None
-            _require(good, f"quantization.{name}", getattr(self, name), "left out: int8 has one fp32 scale a row")
-
-
-@dataclass(frozen=True)
-class PreferenceOptions:
-    """Options of the preference objectives; each is None unless the objective has it."""
-
-    beta: float | None = None
-    """How closely to stay by the reference (default 0.1; simpo: 2); for ipo tau, for orpo the odds ratio's weight."""
-    label_smoothing: float | None = None
-    """dpo, robust, cpo: share of pairs taken to be labelled the wrong way round (default 0; robust: 0.1)."""
-    sft_weight: float | None = None
-    """dpo (RPO), orpo, cpo: weight of the chosen answer's loss per token (default 0 for dpo, 1 for the others)."""
-    length_normalized: bool | None = None
-    """dpo, ipo: log-ratios per token instead of sums (default false; dpo then wants a larger beta, such as 5)."""
-    gamma: float | None = None
-    """simpo: the margin to reach (default 1)."""
-    desirable_weight: float | None = None
-    """kto: weight of desirable answers (default 1)."""
-    undesirable_weight: float | None = None
-    """kto: weight of undesirable answers (default 1)."""
-    reference_cache: str | None = None
-    """File of the reference's log-probabilities, made if missing (default: beside the fetched weights)."""
-    precompute: bool | None = None
-    """Score the data with the reference once instead of at each step (default: only where the adapter can't be off)."""
-
-    def resolved(self, objective: str) -> "PreferenceOptions":
-        """Return a copy with the objective's defaults filled in."""
-        return PreferenceOptions(**_filled(self, OBJECTIVES[objective]))
-
-    def __post_init__(self):
-        """Refuse values without meaning."""
-        _positive("preference.", self, "beta", "desirable_weight", "undesirable_weight")
-        smoothing = self.label_smoothing
-        _require(smoothing is None or 0 <= smoothing < 0.5, "preference.label_smoothing", smoothing, "in [0, 0.5)")
-        for name in ("sft_weight", "gamma"):
-            value = getattr(self, name)
-            _require(value is None or 0 <= value < float("inf"), f"preference.{name}", value, "0 or more")
-
-    def check(self, objective: str, needs_cache: bool) -> None:
-        """Refuse options that the objective, or a reference that is the model without adapter, ignores."""
-        known = OBJECTIVES[objective].keys() | ({"reference_cache", "precompute"} if objective in REFERENCED else set())
-        for name, value in dataclasses.asdict(self).items():
-            if value is not None and name not in known:
-                takers = [other for other, options in OBJECTIVES.items() if name in options] or REFERENCED
-                raise ConfigError(f"preference.{name} is set but objective {objective} ignores it; "
-                                  f"it belongs to {', '.join(takers)}")  # fmt: skip
-        if needs_cache:
-            wanted = "true: without a fresh adapter to switch off, the reference is gone after the first step"
-            _require(self.precompute is not False, "preference.precompute", False, wanted)
-        elif self.reference_cache is not None:
-            wanted = "true with reference_cache; a fresh adapter is otherwise switched off instead"
-            _require(self.precompute is True, "preference.precompute", self.precompute, wanted)
 
 
 @dataclass(frozen=True)
@@ -245,10 +100,17 @@ class EvaluationConfig:
     """Validation prompts that are answered at each evaluation."""
     sample_tokens: int = 48
     """Longest sampled answer, in tokens."""
+    general: str | None = None
+    """A .txt file of general text (or a fetched one's name, wiki-demo) whose perplexity is measured before and after
+    training, to show what is forgotten."""
+    general_tokens: int | None = None
+    """Use only so many tokens of it (default 8192)."""
 
     def __post_init__(self):
         """Refuse counts without meaning."""
-        _positive("evaluation.", self, "every_steps", "patience", "sample_tokens")
+        _positive("evaluation.", self, "every_steps", "patience", "sample_tokens", "general_tokens")
+        good = self.general is not None or self.general_tokens is None
+        _require(good, "evaluation.general_tokens", self.general_tokens, "left out without evaluation.general")
         _require(self.samples >= 0, "evaluation.samples", self.samples, "0 or more")
 
 
@@ -272,6 +134,10 @@ class TrainConfig:
 
     data: Sources = None
     """Training file, or several as [a.jsonl,b.csv], or with weight and format as in the recipe `mixture`."""
+    rehearsal: Source | str | None = None
+    """Against forgetting: a file of general rows, mixed in; each row of `data` still comes once an epoch."""
+    rehearsal_share: float | None = None
+    """Share of the rows of an epoch that are rehearsal's (default 0.2)."""
     model: str = "smollm2-135m-instruct"
     """Base model: a fetched model's name, a Hugging Face folder or a GGUF file."""
     adapter: str | None = None
@@ -306,6 +172,10 @@ class TrainConfig:
     """Method last_layers: how many (default 2)."""
     pattern: str | None = None
     """Method pattern: a regular expression found in the names of the parameters to train."""
+    freeze_layers: int | None = None
+    """Methods lora, qlora (no adapters there), full (embedding included): leave so many of the lowest layers alone."""
+    penalty: PenaltyOptions = field(default_factory=PenaltyOptions)
+    """Against forgetting: a price on leaving the start."""
     batch_size: int = 4
     """Rows in a micro-batch."""
     accumulation_steps: int = 4
@@ -322,6 +192,8 @@ class TrainConfig:
     """Validation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saved state."""
+    require: tuple[str, ...] | str = ()
+    """Exit with code 3 unless these hold at the end, as best_loss<=1.2 or general.ratio<1.1; can be repeated."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base's weights and arithmetic; auto is bfloat16 where the processor is fast at it."""
     device: str = "auto"
@@ -357,6 +229,7 @@ class TrainConfig:
                     f"{name} is set but method is {self.method}, which ignores it; use --method {instead}"
                 )
         self._check_objective()
+        parse_gates(self.require)
         if self.adapter is not None and self.method not in ADAPTER_METHODS:
             raise ConfigError(f"adapter is set but method is {self.method}; export a merged model and train that")
         own = dataclasses.replace(self.lora, plus_ratio=None)
@@ -364,6 +237,7 @@ class TrainConfig:
             name = next(name for name, value in dataclasses.asdict(own).items() if value is not None)
             raise ConfigError(f"lora.{name} is set but adapter {self.adapter} brings its own; leave out one of them")
         self._check_new_tokens()
+        self._check_forgetting()
         for name in ("every_steps", "patience"):
             if self.validation_fraction == 0 and getattr(self.evaluation, name) is not None:
                 raise ConfigError(f"evaluation.{name} is set but validation_fraction 0 leaves nothing to evaluate")
@@ -410,6 +284,21 @@ class TrainConfig:
                 "new_tokens trains their rows alone and lora.modules_to_save whole modules; leave one out"
             )
 
+    def _check_forgetting(self) -> None:
+        """Refuse what the means against forgetting would ignore or cannot do."""
+        share = self.rehearsal_share
+        if share is not None:
+            _require(self.rehearsal is not None, "rehearsal_share", share, "left out without rehearsal")
+            _require(0 < share < 1, "rehearsal_share", share, "above 0 and below 1")
+        if self.freeze_layers is not None:
+            _positive("", self, "freeze_layers")
+            saved = self.lora.modules_to_save
+            _require(not saved, "lora.modules_to_save", saved, "left out with freeze_layers, which may freeze the same")
+        if self.penalty.kind:
+            _require(not self.fused_backward, "fused_backward", True, "false with penalty: its price is of whole steps")
+        if self.penalty.kind == "ewc":
+            _require(self.objective != "reward", "penalty.kind", "ewc", "l2: a reward model gives no text a likelihood")
+
     def _check_objective(self) -> None:
         """Refuse options that the objective ignores or cannot do with."""
         self.preference.check(self.objective, self.changes_base and self.objective in REFERENCED)
@@ -418,12 +307,19 @@ class TrainConfig:
             _require(self.truncate != "split", "truncate", "split", "prompt or drop: answers are not split")
         if self.objective == "robust":
             _require(self.preference.label_smoothing != 0, "preference.label_smoothing", 0, "above 0; or use dpo")
+        if self.objective == "reward":
+            general = self.evaluation.general
+            _require(general is None, "evaluation.general", general, "left out: a reward model writes no text")
 
     def resolved(self) -> "TrainConfig":
         """Return a copy with the method's and the schedule's defaults filled in; raises without data."""
         if not sources(self.data):
             raise ConfigError("data is missing; name a file, as in --data rows.jsonl")
         changes: dict[str, Any] = {"data": sources(self.data), "validation": sources(self.validation) or None}
+        for general in sources(self.rehearsal):
+            share = 0.2 if self.rehearsal_share is None else self.rehearsal_share
+            changes["data"] += (dataclasses.replace(general, share=share),)
+            changes |= {"rehearsal": None, "rehearsal_share": None}
         rate, adam = self.optimizer.learning_rate, {} if self.optimizer.kind == "sgd" else ADAM
         if rate is None and self.optimizer.kind == "sgd":
             raise ConfigError("optimizer.learning_rate is missing; sgd needs one of its own, often 0.01 to 1")
@@ -441,6 +337,7 @@ class TrainConfig:
         if self.method == "qlora":
             changes["quantization"] = self.quantization.resolved()
         changes["preference"] = self.preference.resolved(self.objective)
+        changes["penalty"] = self.penalty.resolved()
         if self.method == "last_layers" and self.last_layers is None:
             changes["last_layers"] = 2
         if self.epochs is None and self.max_steps is None:
@@ -460,9 +357,3 @@ def sources(given: Sources) -> tuple[Source, ...]:
                 f"{text} is no file and no list of files as a recipe has it; a file's fields are: {fields}"
             )
     return tuple(source if isinstance(source, Source) else Source(str(Path(source))) for source in several)
-
-
-def _filled(options: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a dataclass, each None replaced by its default where there is one."""
-    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    return {name: defaults.get(name) if value is None else value for name, value in given.items()}

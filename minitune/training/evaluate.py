@@ -14,30 +14,46 @@ from minitune.data.batching import Batch
 from minitune.data.examples import Example
 from minitune.decoding import generate_ids
 from minitune.model.transformer import Transformer
-from minitune.training.objectives import Objective, add_metrics, mean_metrics, to_device
+from minitune.training.objectives import (
+    Objective,
+    add_metrics,
+    document_losses,
+    mean_metrics,
+    supervised,
+    to_device,
+)
+
+Rows = list[tuple[float, int]]
 
 
 @torch.no_grad()
 def validation_loss(
     model: Transformer, batches: Iterable[Batch], objective: Objective, stopped: Callable[[], bool]
-) -> tuple[float, dict[str, float]] | None:
-    """Return the mean loss, per target token or pair, in nats, and the means of the metrics.
+) -> tuple[float, dict[str, float], Rows] | None:
+    """Return the mean loss, per target token or pair, in nats, the means of the metrics, and the rows' own.
 
+    `Rows` are (summed loss, target tokens) of each document, for intervals; none where a loss is over preferences.
     None when `stopped` said so on the way.
     """
     device = model.device
-    loss, weight, sums = 0.0, 0, {}
+    loss, weight, sums, rows = 0.0, 0, {}, []
     model.eval()
     try:
         for batch in batches:
             if stopped():
                 return None
-            loss_sum, count, metrics = objective(model, to_device(batch, device))
+            batch = to_device(batch, device)
+            if objective is supervised:
+                losses, counts = document_losses(model, batch)
+                rows += zip(losses.tolist(), counts.tolist(), strict=True)
+                loss, weight = loss + float(losses.sum()), weight + batch.target_count
+                continue
+            loss_sum, count, metrics = objective(model, batch)
             loss, weight = loss + float(loss_sum), weight + count
             add_metrics(sums, metrics)
     finally:
         model.train()
-    return loss / weight, mean_metrics(sums)
+    return loss / weight, mean_metrics(sums), rows
 
 
 def sample_prompts(examples: list[Example], count: int, room: int) -> list[tuple[list[int], list[int]]]:
@@ -57,13 +73,18 @@ def sample_prompts(examples: list[Example], count: int, room: int) -> list[tuple
 
 def answer_samples(
     model: Transformer, tokenizer: Any, prompts: list[tuple[list[int], list[int]]], max_new_tokens: int
-) -> list[dict[str, str]]:
-    """Return prompt, expected and greedy answer of each prompt as text."""
+) -> list[dict[str, Any]]:
+    """Return prompt, expected and greedy answer of each prompt as text, and how long those are.
+
+    `tokens` are those of the answer, `expected_tokens` those of the expected one; `ended` says whether the answer
+    ended by itself.
+    """
     if not prompts:
         return []
     asked = [prompt for prompt, _ in prompts]
     answers = generate_ids(model, asked, max_new_tokens=max_new_tokens, end_ids=tokenizer.end_ids)
     return [
-        {"prompt": tokenizer.decode(p), "expected": tokenizer.decode(e), "answer": tokenizer.decode(a)}
+        {"prompt": tokenizer.decode(p), "expected": tokenizer.decode(e), "answer": tokenizer.decode(a),
+         "expected_tokens": len(e), "tokens": len(a), "ended": len(a) < max_new_tokens}
         for (p, e), a in zip(prompts, answers, strict=True)
-    ]
+    ]  # fmt: skip

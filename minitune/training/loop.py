@@ -31,6 +31,7 @@ from minitune.training.config import TrainConfig
 from minitune.training.evaluate import validation_loss
 from minitune.training.objectives import Objective, add_metrics, mean_metrics, to_device
 from minitune.training.optimizer import Optimizer
+from minitune.training.penalty import Penalty
 from minitune.training.schedule import rate_factor
 from minitune.training.state import Progress, checkpoints, save_best, save_checkpoint
 
@@ -58,6 +59,7 @@ class Job:
     progress: Progress
     journal: Journal
     guessing: float = math.inf
+    penalty: Penalty | None = None
 
     @property
     def total_steps(self) -> int:
@@ -161,6 +163,7 @@ def _update(job: Job) -> dict[str, float]:
     """Close the window: one optimiser step with the gradient per target token; returns its metrics."""
     progress = job.progress
     weight = progress.window_weight
+    price = {} if job.penalty is None else {"penalty": job.penalty.add(weight)}
     norm = job.optimizer.average(weight)
     if not math.isfinite(norm):
         where = watch.bad_gradient(job.parameters) or "the gradients' norm alone"
@@ -168,7 +171,7 @@ def _update(job: Job) -> dict[str, float]:
     rate = _rate(job)
     job.optimizer.clip(norm)
     job.optimizer.step(rate)
-    metrics = mean_metrics(progress.window_metrics)
+    metrics = mean_metrics(progress.window_metrics) | price
     metrics |= {"loss": progress.window_loss / weight, "learning_rate": rate, "grad_norm": norm}
     progress.step += 1
     progress.since_loss += progress.window_loss
@@ -214,7 +217,7 @@ def _evaluate(job: Job, stopped: Callable[[], bool]) -> bool:
         measured = validation_loss(job.model, job.validation(), job.objective, stopped)
         if measured is None:
             return False
-        loss, metrics = measured
+        loss, metrics, rows = measured
         samples = job.sample()
     training = progress.since_loss / progress.since_weight if progress.since_weight else None
     progress.since_loss, progress.since_weight = 0.0, 0
@@ -225,6 +228,8 @@ def _evaluate(job: Job, stopped: Callable[[], bool]) -> bool:
     if progress.step and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step = loss, progress.step
         save_best(job.checkpoints, job.parameters, progress.step)
+    if progress.step in (0, progress.best_step):
+        job.journal.rows(progress.step, rows)
     for warning in watch.preferences(progress.evaluations[0], line):
         job.journal.say(f"step {progress.step}: {warning}")
     parted = watch.overfitting(progress.evaluations)

@@ -14,6 +14,7 @@ import torch
 from minitune.data.batching import Batch
 from minitune.losses.sft import sft_loss
 from minitune.model.transformer import Transformer
+from minitune.ops.cross_entropy import linear_cross_entropy
 
 Metrics = dict[str, tuple[float, float]]
 Objective = Callable[[Transformer, Batch], tuple[torch.Tensor, int, Metrics]]
@@ -35,6 +36,20 @@ def supervised(model: Transformer, batch: Batch) -> tuple[torch.Tensor, int, Met
         final_hidden(model, batch), model.head_weight, batch.targets, model.config.logits_softcap
     )
     return loss_sum, count, {}
+
+
+def document_losses(model: Transformer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each document's summed cross-entropy in nats (N,) fp64 and its target tokens (N,), in reading order."""
+    chosen = batch.targets >= 0  # (B, T)
+    losses = linear_cross_entropy(
+        final_hidden(model, batch)[chosen],
+        model.head_weight,
+        batch.targets[chosen],
+        softcap=model.config.logits_softcap,
+    )
+    owners = (batch.positions == 0).flatten().cumsum(0).view_as(chosen)[chosen] - 1  # padding owns no target
+    _, owners, counts = owners.unique_consecutive(return_inverse=True, return_counts=True)
+    return torch.zeros(len(counts), dtype=torch.float64).index_add(0, owners.cpu(), losses.double().cpu()), counts
 
 
 def add_metrics(sums: dict[str, list[float]], metrics: Metrics) -> None:

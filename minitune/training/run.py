@@ -6,7 +6,10 @@
     metrics.jsonl     one line a step and an evaluation; tensorboard/ holds the same
     checkpoints/      the last states and the best weights
     adapter/ | model/ the result: a PEFT adapter, or a Hugging Face folder
-    report.md, loss.png
+    facts.json        what was known before the first step, of the data and of general text
+    rows.json         the losses of each validation row, before training and at the best step
+    outcome.json      how the run ended; a run without it was killed, or still goes on
+    report.md, report.html, loss.png
 
 What can fail does so before anything is written or deleted: data first, then the model, then the folder.
 """
@@ -16,7 +19,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,43 +34,31 @@ from minitune.device import choose_device, choose_dtype
 from minitune.errors import ConfigError, counted
 from minitune.files import sole_writer
 from minitune.model.lora import adapter_disabled, add_lora, quantized_weights
-from minitune.model.trainable import train_all, train_last_layers, train_matching, train_whole, trainable_parameters
+from minitune.model.trainable import (
+    freeze_below,
+    train_all,
+    train_last_layers,
+    train_matching,
+    train_whole,
+    trainable_parameters,
+)
 from minitune.model.transformer import Transformer, add_score_head
 from minitune.model.vocabulary import add_rows, train_rows
 from minitune.ops.backend import set_backend
-from minitune.reporting import watch
-from minitune.reporting.folder import check_folder, environment, write_run_files
-from minitune.reporting.journal import Journal, peak_memory_mb
-from minitune.reporting.report import write_report
+from minitune.reporting.folder import check_folder, environment
+from minitune.reporting.journal import Journal
 from minitune.training import state
 from minitune.training.config import ADAPTER_METHODS, TrainConfig
 from minitune.training.evaluate import answer_samples, sample_prompts
-from minitune.training.loop import Job, StopSignal, fit
+from minitune.training.loop import Job, StopSignal
 from minitune.training.objectives import Objective, supervised
 from minitune.training.optimizer import Optimizer
+from minitune.training.outcome import Account, TrainResult
+from minitune.training.penalty import Penalty, build_penalty
 from minitune.training.preference import preference_objective, undecided_loss
 from minitune.training.reference import with_reference
 
 FEW_STEPS = 10  # a rate that warms up and decays within fewer has hardly moved anything
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came out. Losses are nats per target token; seconds are spent in training steps."""
-
-    status: str
-    folder: Path
-    result: Path | None
-    steps: int
-    target_tokens: int
-    seconds: float
-    peak_rss_mb: float
-    base_loss: float | None
-    best_loss: float | None
-    best_step: int | None
-    parted_step: int | None = None
-    """Where training and validation loss parted (see `watch.overfitting`)."""
-    signal: int | None = None
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -79,6 +69,7 @@ def train(config: TrainConfig) -> TrainResult:
         TrainingError: the run cannot go on; its checkpoints stay.
     """
     config = config.resolved()
+    account = Account(config)
     folder = Path(config.output)
     check_folder(folder, resume=config.resume, overwrite=config.overwrite)
     device, dtype = _set_up(config)
@@ -92,9 +83,9 @@ def train(config: TrainConfig) -> TrainResult:
     torch.manual_seed(config.seed)
     parameters = choose_parameters(model, config, range(known.vocab_size, tokenizer.vocab_size))
     tokenizer.check_fits(model.config.vocab_size)
-    if config.precomputes:
-        stream = _with_reference(model, stream, config, base)
+    stream = _with_reference(model, stream, config, base)
     ratio = config.lora.plus_ratio or 1.0
+    penalty = _penalty(model, parameters, config, tokenizer, base, stream.pad_id)
     optimizer = Optimizer(parameters, config.optimizer, ratio, fused_backward=config.fused_backward)
     matters = state.fingerprint(config, corpus.files, base, str(dtype))
     objective, guessing = _objective(config, model)
@@ -102,7 +93,7 @@ def train(config: TrainConfig) -> TrainResult:
     with sole_writer(folder):
         check_folder(folder, resume=config.resume, overwrite=config.overwrite)  # again: another may have begun there
         progress = _resume(folder, parameters, optimizer, matters) if config.resume else state.Progress()
-        write_run_files(folder, dataclasses.asdict(config), corpus.files, environment(device, dtype))
+        account.begin(model, tokenizer, corpus, guessing, environment(device, dtype))
         steps, evaluated = -(-total // config.accumulation_steps), [e["step"] for e in progress.evaluations]
         with StopSignal() as stop, Journal(folder, steps, progress.step, evaluated) as journal:
             job = Job(
@@ -120,12 +111,12 @@ def train(config: TrainConfig) -> TrainResult:
                 progress=progress,
                 journal=journal,
                 guessing=guessing,
+                penalty=penalty,
             )
-            _announce(job, corpus)
-            _warn_of_unseen(job, corpus, _names(config.new_tokens), range(known.vocab_size, tokenizer.vocab_size))
-            status = fit(job, stop)
+            _announce(job, corpus, range(known.vocab_size, tokenizer.vocab_size))
+            status = account.fit(job, stop)
         result = None if status == "stopped" else _export(job, tokenizer, folder)
-        return _finish(job, status, folder, result, stop.number)
+        return account.close(job, status, result, tokenizer, stop.number)
 
 
 def _set_up(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
@@ -192,13 +183,15 @@ def choose_parameters(model: Transformer, config: TrainConfig, new_ids: Sequence
     elif config.method == "pattern":
         train_matching(model, config.pattern)
     elif config.adapter is None:
-        add_lora(model, config.lora.adapter(), seed=config.seed)
+        add_lora(model, config.lora.adapter(), seed=config.seed, first_layer=config.freeze_layers or 0)
         train_whole(model, _names(config.lora.modules_to_save))
     else:
         load_adapter(model, config.adapter, config.model)
+    if config.freeze_layers is not None:
+        freeze_below(model, config.freeze_layers)
     if new_ids:
         add_rows(model, new_ids, seed=config.seed)
-        if config.method != "full":
+        if config.method != "full" or config.freeze_layers is not None:
             train_rows(model, new_ids)
     if model.config.reward != reward:
         kind = "a reward model's" if model.config.reward else "a language model's"
@@ -223,10 +216,14 @@ def _objective(config: TrainConfig, model: Transformer) -> tuple[Objective, floa
 
 
 def _with_reference(model: Transformer, stream: Stream, config: TrainConfig, base: str) -> Stream:
-    """Return the stream with the reference's log-probabilities, which are the model's as it is, a fresh adapter off."""
+    """Return the stream with the reference's log-probabilities, which are the model's as it is, a fresh adapter off.
+
+    It is returned as it is where they are not made before training.
+    """
+    if not config.precomputes:
+        return stream
     fresh = config.method in ADAPTER_METHODS and config.adapter is None
-    if config.adapter is not None or config.new_tokens:  # a loaded adapter and new rows are a part of it
-        base = state.base_fingerprint(model)
+    base = _start(model, config, base)
     with adapter_disabled(model) if fresh else contextlib.nullcontext():
         corpus, place = with_reference(
             model, stream.corpus, base, batch_size=config.batch_size, pad_id=stream.pad_id,
@@ -234,6 +231,23 @@ def _with_reference(model: Transformer, stream: Stream, config: TrainConfig, bas
         )  # fmt: skip
     _note(f"reference log-probabilities: {place}")
     return dataclasses.replace(stream, corpus=corpus)
+
+
+def _start(model: Transformer, config: TrainConfig, base: str) -> str:
+    """Return the fingerprint of all that the run starts from: a loaded adapter and new rows are a part of it."""
+    return state.base_fingerprint(model) if config.adapter is not None or config.new_tokens else base
+
+
+def _penalty(
+    model: Transformer, parameters: dict, config: TrainConfig, tokenizer: Any, base: str, pad_id: int
+) -> Penalty | None:
+    """Return the price on leaving the start, before a resumed run leaves it."""
+    if config.penalty.kind is None:
+        return None
+    start = _start(model, config, base)
+    penalty, said = build_penalty(model, parameters, config.penalty, tokenizer, start, pad_id)
+    _note(said)
+    return penalty
 
 
 def _check_lengths(corpus: Corpus, positions: int) -> None:
@@ -264,15 +278,16 @@ def _resume(folder: Path, parameters: dict, optimizer: Optimizer, matters: dict)
     return state.Progress(**saved["progress"])
 
 
-def _warn_of_unseen(job: Job, corpus: Corpus, names: tuple[str, ...], ids: range) -> None:
+def _warn_of_unseen(job: Job, corpus: Corpus, ids: range) -> None:
     """Name new tokens that no training row has, which nothing will train."""
+    names = _names(job.config.new_tokens)
     seen = {token for items, _ in corpus.training for item in items for part in item_ids(item) for token in part}
     if unseen := [repr(name) for name, token in zip(names, ids, strict=True) if token not in seen]:
         job.journal.say(f"no training row has {', '.join(unseen)}: a new token that nothing trains; is it misspelt?")
 
 
-def _announce(job: Job, corpus: Corpus) -> None:
-    """Say what is about to be trained on what."""
+def _announce(job: Job, corpus: Corpus, new_ids: range) -> None:
+    """Say what is about to be trained on what; `new_ids` are those of tokens that are added."""
     trained = sum(p.numel() // len(p) * len(getattr(p, "trained_rows", p)) for p in job.parameters.values())
     everything = sum(p.numel() for p in job.model.parameters())
     everything += sum(weight.shape.numel() for weight in quantized_weights(job.model).values())
@@ -289,6 +304,7 @@ def _announce(job: Job, corpus: Corpus) -> None:
         job.journal.say(f"only {counted(job.total_steps, 'step')}, too few to learn much: {more}")
     if not corpus.validation:
         job.journal.say("no validation rows: over-fitting will not be seen")
+    _warn_of_unseen(job, corpus, new_ids)
 
 
 def _export(job: Job, tokenizer: Any, folder: Path) -> Path:
@@ -301,25 +317,3 @@ def _export(job: Job, tokenizer: Any, folder: Path) -> Path:
         return folder / "adapter"
     save_model(job.model, tokenizer, folder / "model", overwrite=True)
     return folder / "model"
-
-
-def _finish(job: Job, status: str, folder: Path, result: Path | None, number: int | None) -> TrainResult:
-    """Return the result, and write the report of a run that came to its end."""
-    progress, parted = job.progress, watch.overfitting(job.progress.evaluations)
-    outcome = TrainResult(
-        status=status,
-        folder=folder,
-        result=result,
-        steps=progress.step,
-        target_tokens=progress.target_tokens,
-        seconds=progress.seconds,
-        peak_rss_mb=peak_memory_mb(),
-        base_loss=next((e["validation_loss"] for e in progress.evaluations if e["step"] == 0), None),
-        best_loss=progress.best_loss,
-        best_step=progress.best_step,
-        parted_step=parted and parted["step"],
-        signal=number if status == "stopped" else None,
-    )
-    if result is not None:
-        write_report(folder, dataclasses.asdict(job.config), dataclasses.asdict(outcome))
-    return outcome

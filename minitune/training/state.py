@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minitune.data.reading import data_path
 from minitune.errors import CheckpointError
 from minitune.files import atomic_folder, clean_leftovers, file_sha256
 from minitune.model.lora import quantized_weights
@@ -35,8 +36,9 @@ from minitune.training.optimizer import Optimizer
 FILES = ("weights", "optimizer", "window")
 # Options that may change when a run goes on: they do not touch the numbers.
 NEUTRAL = {"data", "validation", "model", "adapter", "output", "evaluation.samples", "evaluation.sample_tokens",
-           "checkpoint.every_steps", "checkpoint.keep", "preference.reference_cache", "device", "backend", "threads",
-           "resume", "overwrite"}  # fmt: skip
+           "evaluation.general", "evaluation.general_tokens", "require",
+           "checkpoint.every_steps", "checkpoint.keep", "preference.reference_cache", "penalty.text",
+           "penalty.fisher_cache", "device", "backend", "threads", "resume", "overwrite"}  # fmt: skip
 
 
 @dataclass
@@ -89,9 +91,11 @@ def fingerprint(config: TrainConfig, files: list[dict[str, Any]], base: str, dty
     options = {name: value for name, value in _flat(dataclasses.asdict(config)).items() if name not in NEUTRAL}
     # By content, not by path: a file that moved is the same file.
     data = {
-        f"data file {number}": [file[key] for key in ("role", "sha256", "weight", "format", "columns")]
+        f"data file {number}": [file[key] for key in ("role", "sha256", "weight", "format", "columns", "share")]
         for number, file in enumerate(files, 1)
     }
+    if config.penalty.text is not None:
+        data["data of penalty.text"] = file_sha256(data_path(config.penalty.text))
     # A changed tokenizer or chat template makes other tokens of the same files.
     tokens = [[file["training_tokens"], file["target_tokens"]] for file in files]
     return json.loads(json.dumps({**options, "dtype": dtype, **data, "tokenised data": tokens, "base model": base}))
