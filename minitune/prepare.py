@@ -1,40 +1,47 @@
 """`python -m minitune.prepare FILES`: show what the model will see, and refuse what training would refuse.
 
 Prints some rows with their tokens coloured by target or not (of a pair the prompt once, then both answers side by
-side), a histogram of lengths, and the counts of what is over-long, empty or double. Exits with 1 when training
-would refuse the files, after listing every kind of reason with its count and first places; with 2 when they cannot
-be looked at. Nothing is written but `--json`.
+side), a histogram of lengths, the counts of what is over-long, empty or double, and what is likely to be a fault. Exits
+with 1 when training would refuse the files, after listing every kind of reason with its count and first places; with 2
+when they cannot be looked at. Nothing is written but `--json`.
+
+With `--output FOLDER` the rows are cleaned as asked, split, mixed and written (`curation.writing` lists the files), and
+what is shown is the file that training will read. Nothing is changed or left out that was not asked for, but what is
+nearly a golden row.
 """
 
 import json
 import os
+import shlex
 import shutil
 import sys
-import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from minitune.cli import parse
-from minitune.errors import ConfigError, check_seed, counted, run_command
+from minitune.curation.options import CurationOptions
+from minitune.errors import ConfigError, check_seed, run_command
 
 if TYPE_CHECKING:
-    from minitune.data.examples import Example
+    from minitune.curation.pipeline import Prepared
+    from minitune.curation.rows import Row
     from minitune.data.formats import Kind
     from minitune.data.lint import Report
     from minitune.data.preferences import Item
 
-BAR = 40  # characters of the longest bar
-NOUNS = {"examples": "example", "pairs": "pair", "judged": "judged answer"}
-LEARNED, GIVEN, RESET = ("\x1b[32m", "\x1b[92m"), ("\x1b[90m", "\x1b[37m"), "\x1b[0m"
 
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """What to look at, and the training options that bear on data; their defaults are training's."""
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(CurationOptions):
+    """What to look at or to write, and the training options that bear on data; their defaults are training's."""
 
     files: tuple[str, ...]
     """Data files: .jsonl, .json, .csv, .tsv or .txt."""
+    output: str | None = None
+    """Write the rows to this folder: cleaned as asked, split, mixed, and reported on."""
+    overwrite: bool = False
+    """Replace prepared data in that folder."""
     model: str = "smollm2-135m-instruct"
     """Whose tokenizer and chat template: a fetched model's name, a Hugging Face folder or a GGUF file."""
     objective: Literal["auto", "sft", "dpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo", "cpo", "reward"] = "auto"
@@ -52,63 +59,81 @@ class PrepareConfig:
     train_on: Literal["all", "last"] = "all"
     """Learn every assistant turn of a conversation, or its last one."""
     weights: tuple[float, ...] | None = None
-    """Each file's share of an epoch's rows; without, every row comes once."""
+    """Each file's share of an epoch, or with output of what is written; without, every row comes once."""
     packing: bool = True
     """Several rows side by side in one of max_length; false pads instead."""
     batch_size: int = 4
     """Rows in a micro-batch."""
     seed: int = 0
-    """Of the order of rows."""
+    """Of the order of rows, and of which row is in which split."""
     rows: int = 3
     """How many rows to show in full."""
     json: str | None = None
     """Also write the report to this file."""
 
     def __post_init__(self):
-        """Refuse a count without meaning; the other values are checked where they are used."""
+        """Refuse a count without meaning and options without effect; other values are checked where they are used."""
+        super().__post_init__()
         if self.rows < 0:
             raise ConfigError(f"rows is {self.rows}; it must be 0 or more")
         check_seed(self.seed)
+        if self.output is None:
+            self._refuse_without_output()
+        elif self.share_of != "rows" and not (self.weights or self.shares):
+            raise ConfigError("share_of is set, but there are neither weights nor rehearsal or safety files; add some")
+        elif self.shortage != "error" and not self.shares:
+            raise ConfigError("shortage is set, but there are no rehearsal or safety files; add some, or leave it out")
+
+    def _refuse_without_output(self) -> None:
+        """Refuse what would change rows that are written nowhere."""
+        unset = CurationOptions(clean=replace(self.clean, repair=(), remove=(), unicode="keep"))
+        names = ["overwrite"] if self.overwrite else []
+        names += [field.name for field in fields(unset) if getattr(self, field.name) != getattr(unset, field.name)]
+        if names:
+            raise ConfigError(f"{names[0]} is set, but rows are written only with --output FOLDER; add it")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Inspect the files and print the report; return 1 when training would refuse them, else 0."""
+    """Inspect the files, or what is written of them, and report; return 1 when training would refuse that, else 0."""
     config = parse(
         PrepareConfig,
         argv,
         prog="python -m minitune.prepare",
-        description="Show what the model will see of data files, and whether training would refuse them.",
+        description="Show what the model will see of data files; clean, split and mix them; say what is wrong.",
         positional="files",
     )
-    from minitune.checkpoint.load import stored_positions
-    from minitune.data.lint import inspect_files, refuse_beyond
+    from minitune.curation.pipeline import look
+    from minitune.reporting.data_lines import finding_lines, prepared_lines, problem_lines, report_lines
+    from minitune.reporting.rows import harmless, shown
     from minitune.sources import resolve
     from minitune.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(resolve(config.model))
     kind = kind_wanted(config)
-    report, items = inspect_files(
-        config.files,
-        tokenizer,
-        weights=config.weights or [None] * len(config.files),
-        format=config.format,
-        columns=config.columns,
-        max_length=config.max_length,
-        truncate=config.truncate,
-        train_on=config.train_on,
-        batch_size=config.batch_size,
-        packing=config.packing,
-        seed=config.seed,
-        kind=kind,
-    )
-    refuse_beyond(report, items, stored_positions(resolve(config.model)))
+    prepared = None if config.output is None else curate(config, tokenizer, kind)
+    if prepared is None:
+        found = look(config.files, config, kind=kind, format=config.format, columns=config.columns)
+        report, items = inspected(config, tokenizer, kind)
+    else:
+        found = prepared.findings
+        report, items = inspected(config, tokenizer, kind, prepared.splits)
     sys.stdout.reconfigure(errors="backslashreplace")
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for item in items[: config.rows]:
         print("\n".join(shown(item, tokenizer, coloured, shutil.get_terminal_size().columns)) + "\n")
-    print("\n".join(report_lines(report, config)))
+    content = report.to_dict() | {"findings": [described(one, config.clean) for one in found]}
+    lines = report_lines(report, config.max_length, config.batch_size, config.packing)
+    lines += finding_lines(content["findings"])
+    if prepared is not None:
+        content["prepared"] = prepared.facts | conclusion(config, report, kind, prepared)
+        write_reports(Path(config.output), content)
+        lines += prepared_lines(content["prepared"])
+    lines += problem_lines(report)
+    if prepared is not None:
+        lines += [content["prepared"]["next"], f"the whole report: {config.output}/report.html"]
+    print(harmless("\n".join(lines)))
     if config.json:
-        Path(config.json).write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
+        Path(config.json).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     return 1 if report.problems else 0
 
 
@@ -121,144 +146,105 @@ def kind_wanted(config: PrepareConfig) -> "Kind":
     return {"sft": "examples", "kto": "judged"}.get(config.objective, "pairs")
 
 
-def shown(item: "Item", tokenizer: Any, coloured: bool, width: int) -> list[str]:
-    """Return a row as lines: its origin and size, then its text; of a pair, the answers in two columns."""
-    documents = item.documents
-    tokens = " + ".join(str(len(document.ids)) for document in documents)
-    targets = " + ".join(str(sum(document.targets)) for document in documents)
-    label = f", {'desirable' if item.desirable else 'undesirable'}" if hasattr(item, "desirable") else ""
-    margin = f", margin {item.margin:g}" if getattr(item, "margin", None) is not None else ""
-    noun = "target" if targets == "1" else "targets"
-    head = f"{item.origin}: {tokens} tokens, {targets} {noun}{label}{margin}"
-    if len(documents) == 1:
-        return [head, painted(documents[0], tokenizer, coloured)]
-    start = len(documents[0].prompt)
-    prompt = "".join(style + text for style, text in _pieces(documents[0], tokenizer, coloured, 0, start))
-    room = max((width - 3) // 2, 1)  # characters of a column; " | " stands between them
-    sides = [_column(_pieces(document, tokenizer, coloured, start), room) for document in documents]
-    empty = " " * room
-    height = max(map(len, sides))
-    columns = ([*side, *[empty] * (height - len(side))] for side in sides)
-    rows = [f"{left} | {right}".rstrip() for left, right in zip(*columns, strict=True)]
-    return [head, prompt, f"{'chosen':{room}} | rejected", *rows]
+def curate(config: PrepareConfig, tokenizer: Any, kind: "Kind") -> "Prepared":
+    """Write the rows as the options want them, and return what was done; where they cannot be, nothing is written."""
+    from minitune.curation.pipeline import prepare_rows
+    from minitune.curation.writing import check_output, write_folder
+    from minitune.data.examples import row_origin
+    from minitune.data.pairing import survey_records
+
+    folder = Path(config.output)
+    check_output(folder, [*config.files, *config.files_of("rehearsal"), *config.files_of("safety")], config.overwrite)
+
+    def count_targets(rows: Sequence["Row"]) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for item in survey_records(kind, [row.record for row in rows], tokenizer, **encoding(config)).examples:
+            targets = sum(sum(document.targets) for document in item.documents)
+            counts[row_origin(item)] = counts.get(row_origin(item), 0) + targets
+        return counts
+
+    reading = {"kind": kind, "format": config.format, "columns": config.columns}
+    options = {"weights": config.weights, "seed": config.seed, "count_targets": count_targets}
+    prepared = prepare_rows(config.files, config, **reading, **options)
+    write_folder(folder, prepared, stratify=config.stratify)
+    return prepared
 
 
-def painted(example: "Example", tokenizer: Any, coloured: bool) -> str:
-    """Return a row's text: targets green and the rest grey, shades alternating by token, or targets in [ ]."""
-    return "".join(style + text for style, text in _pieces(example, tokenizer, coloured))
+def encoding(config: PrepareConfig) -> dict[str, Any]:
+    """Return how rows become tokens: the options of `survey_records`."""
+    return {"max_length": config.max_length, "truncate": config.truncate, "train_on": config.train_on}
 
 
-def _pieces(
-    example: "Example", tokenizer: Any, coloured: bool, start: int = 0, end: int | None = None
-) -> list[tuple[str, str]]:
-    """Return (style, text) of the tokens from `start` to `end`; the style is "" without colours."""
-    stream, pieces, learned = tokenizer.stream(skip_special=False), [], False
-    marked = list(zip(example.ids, example.targets, strict=True))[start:end]
-    for number, (id, target) in enumerate(marked, start):
-        text = _harmless(stream.push(id))
-        if coloured:
-            pieces.append(((LEARNED if target else GIVEN)[number % 2], text))
-        else:
-            pieces.append(("", ("[" if target and not learned else "]" if learned and not target else "") + text))
-        learned = target
-    return [
-        *pieces,
-        (RESET, _harmless(stream.flush())) if coloured else ("", _harmless(stream.flush()) + "]" * learned),
-    ]
+def inspected(
+    config: PrepareConfig, tokenizer: Any, kind: "Kind", splits: Mapping[str, Any] | None = None
+) -> tuple["Report", list["Item"]]:
+    """Return the report on the files, and the items of an epoch; with `splits`, on those that were written."""
+    from minitune.checkpoint.load import stored_positions
+    from minitune.data.lint import inspect_files, refuse_beyond, refuse_validation
+    from minitune.sources import resolve
+
+    files, format, columns, weights = config.files, config.format, config.columns, config.weights
+    if splits is not None:
+        files, format, columns, weights = [f"{config.output}/train.jsonl"], "auto", None, None
+    report, items = inspect_files(
+        files,
+        tokenizer,
+        weights=weights or [None] * len(files),
+        format=format,
+        columns=columns,
+        **encoding(config),
+        batch_size=config.batch_size,
+        packing=config.packing,
+        seed=config.seed,
+        kind=kind,
+    )
+    if splits is not None and "validation" in splits:
+        refuse_validation(report, items, f"{config.output}/validation.jsonl", tokenizer, **encoding(config))
+    refuse_beyond(report, items, stored_positions(resolve(config.model)))
+    return report, items
 
 
-def _column(pieces: list[tuple[str, str]], width: int) -> list[str]:
-    """Return the pieces as lines that fill `width` places of a terminal, wide characters taking two."""
-    lines, line, used = [], "", 0
+def described(found: Any, clean: Any) -> dict[str, Any]:
+    """Return a finding as JSON has it, with the option that would do something about it."""
+    from minitune.curation.cleaning import Removable, Repairable
 
-    def close() -> None:
-        lines.append(line + (RESET if "\x1b" in line else "") + " " * (width - used))
-
-    for style, text in pieces:
-        line += style
-        for character in text.expandtabs(4):
-            places = 0 if unicodedata.combining(character) else 1 + (unicodedata.east_asian_width(character) in "WF")
-            if character == "\n" or used + places > width:
-                close()
-                line, used = style, 0
-            if character != "\n":
-                line, used = line + character, used + places
-    close()
-    return lines
+    option = ""
+    if found.kind not in (*clean.repair, *clean.remove):
+        choices = {"repair": get_args(Repairable), "remove": get_args(Removable)}
+        option = " or ".join(f"--clean.{name} [{found.kind}]" for name, kinds in choices.items() if found.kind in kinds)
+    return asdict(found) | {"numbers": dict(found.numbers), "option": option}
 
 
-def _harmless(text: str) -> str:
-    """Return the text with control characters escaped, so that data cannot drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+def conclusion(config: PrepareConfig, report: "Report", kind: "Kind", prepared: "Prepared") -> dict[str, Any]:
+    """Return what stands at the top of the report (the verdict, the command to go on with), and the options."""
+    command = ["python", "-m", "minitune.train", "--data", f"{config.output}/train.jsonl"]
+    if "validation" in prepared.splits:
+        command += ["--validation", f"{config.output}/validation.jsonl"]
+    if kind != "examples":
+        command += ["--objective", config.objective if config.objective != "auto" else _OBJECTIVE[kind]]
+    for name in ("model", "max_length", "truncate", "train_on", "packing"):
+        value = getattr(config, name)
+        if value != getattr(PrepareConfig, name):
+            command += [f"--{name}", str(value)]
+    sound = not report.problems
+    verdict = "Training would accept these rows." if sound else "Training would refuse these rows, for these reasons:"
+    given = {"output": config.output, "verdict": verdict, "share_of": config.share_of.replace("_", " ")}
+    options = {name: value for name, value in asdict(config).items() if value not in (None, ())}
+    return given | {"next": f"next: {shlex.join(command)}" if sound else "", "options": options}
 
 
-def report_lines(report: "Report", config: PrepareConfig) -> list[str]:
-    """Return the report as lines for a reader."""
-    lines = []
-    for file in report.files:
-        unread = ", ".join(f"{name} ({count})" for name, count in file["unread_fields"].items())
-        note = f"; fields not read: {unread}" if unread else ""
-        rows, examples = counted(file["rows"], "row"), counted(file["examples"], "example")
-        lines.append(f"{file['path']}: {rows} ({file['format']}), {examples}{note}")
-    if not report.rows:
-        return [*lines, *_problem_lines(report)]
-    shares = ", ".join(f"{share}% {length}" for share, length in report.percentiles.items())
-    lines += ["", f"length in tokens ({shares})", *_bars(report), ""]
-    double = report.duplicates
-    first = f" (first: {'; '.join(double['first'])})" if double["first"] else ""
-    mode = "packed" if config.packing else "padded"
-    lines += [
-        f"rows           {report.rows}",
-        f"over-long      {report.over_long} (over {config.max_length}; "
-        f"{report.shortened} shortened, {report.dropped} dropped)",
-        f"empty          {report.empty}",
-        f"duplicates     {double['exact']} exact, {double['normalised']} normalised{first}",
-        *_answer_lines(report),
-        f"an epoch       {counted(report.examples, NOUNS[report.kind])}, {counted(report.tokens, 'token')}, "
-        f"{report.target_tokens:,} of them targets, {counted(report.batches, 'batch')} of {config.batch_size} ({mode})",
-        f"efficiency     {report.efficiency['packed']:.1%} packed, {report.efficiency['padded']:.1%} padded",
-    ]
-    return lines + _problem_lines(report)
+_OBJECTIVE = {"pairs": "dpo", "judged": "kto"}
 
 
-def _answer_lines(report: "Report") -> list[str]:
-    """Return what is to be said of the answers, of pairs or judged ones with the lengths of both kinds."""
-    if report.kind == "examples":
-        again = counted(report.duplicates["other_answer"], "question")
-        return [f"contradictory  {again} asked before with another answer"]
-    found = report.preferences
-    lines = [f"left out       {report.tied} of equal score, {report.equal} of equal sides"]
-    for name, lengths in found.get("lengths", {}).items():
-        shares = ", ".join(f"{share}% {length}" for share, length in lengths.items())
-        count = f"{found[name]}, " if name in found else ""
-        lines.append(f"{name:14} {count}target tokens {shares or 'none'}")
-    if "chosen_longer" in found:
-        lines.append(f"chosen longer  in {found['chosen_longer']:.1%} of pairs; {found['margins']} with a margin")
-    return lines
+def write_reports(folder: Path, content: dict[str, Any]) -> None:
+    """Write report.json and report.html beside the rows."""
+    from minitune.files import atomic_file, write_json
+    from minitune.reporting.data_page import data_page
 
-
-def _problem_lines(report: "Report") -> list[str]:
-    """Return the verdict as lines, with its reasons."""
-    from minitune.data.formats import READERS
-
-    if not report.problems:
-        objective = "" if report.kind == "examples" else f" with --objective {READERS[report.kind][1]}"
-        return ["", f"training would accept these files{objective}"]
-    lines = ["", "training would refuse these files:"]
-    for problem in report.problems:
-        places = ", ".join(problem.origins) + (", ..." if problem.count > len(problem.origins) else "")
-        lines.append(
-            f"  {problem.count} x {problem.kind}" + (f"; {problem.remedy} ({places})" if problem.remedy else "")
-        )
-    return lines
-
-
-def _bars(report: "Report") -> list[str]:
-    """Return the histogram of lengths as text."""
-    most = max((count for _, _, count in report.histogram), default=0)
-    rows = [(f"{low}-{high}", count, "#" * -(-BAR * count // most)) for low, high, count in report.histogram]
-    width = max((len(span) for span, _, _ in rows), default=0)
-    return [f"  {span:>{width}} {bar} {count}" for span, count, bar in rows]
+    with atomic_file(folder / "report.json") as path:
+        write_json(path, content)
+    with atomic_file(folder / "report.html") as path:
+        path.write_text(data_page(content), encoding="utf-8")
 
 
 if __name__ == "__main__":

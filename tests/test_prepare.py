@@ -10,7 +10,8 @@ from typing import get_args
 
 import pytest
 
-from minitune.prepare import PrepareConfig, main, painted, shown
+from minitune.prepare import PrepareConfig, main
+from minitune.reporting.rows import painted, shown
 from tests.data.conftest import save_byte_tokenizer
 
 GOOD = [{"instruction": "Say hé.", "output": "hé!"}, {"instruction": "Add 1 and 2.", "output": "3"}]
@@ -218,7 +219,7 @@ def test_help_is_quick():
 def test_modules_are_light_to_import():
     code = (
         "import sys, minitune.prepare, minitune.data.lint, minitune.data.splits;"
-        "print([name for name in ('torch', 'tokenizers', 'jinja2', 'numpy') if name in sys.modules])"
+        "print([name for name in ('torch', 'tokenizers', 'jinja2') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

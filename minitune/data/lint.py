@@ -12,7 +12,7 @@ from typing import Any
 
 from minitune.data.batching import efficiency, mix, mixed_counts, plan_items
 from minitune.data.examples import Survey, TrainOn, Truncate, percentiles
-from minitune.data.formats import FormatName, Kind, scan_records
+from minitune.data.formats import FormatName, Kind, read_records, scan_records
 from minitune.data.pairing import checked_preferences, contradictions, preference_summary, survey_records
 from minitune.data.preference_formats import FORMATS_OF
 from minitune.data.preferences import Item
@@ -76,6 +76,19 @@ def refuse_beyond(report: Report, items: Sequence[Item], positions: int | None) 
         report.problems.append(Problem(kind, remedy, len(beyond), beyond[:_SHOWN_ORIGINS]))
 
 
+def refuse_validation(report: Report, items: Sequence[Item], path: str, tokenizer: Any, **encoding: Any) -> None:
+    """Add what training would refuse of a validation file beside `items`; `encoding` is that of `inspect_files`."""
+    try:
+        records = read_records(path, formats=FORMATS_OF[report.kind])
+        survey = survey_records(report.kind, records, tokenizer, **encoding)
+        if problem := survey.problem():
+            raise DataError(problem)
+        if report.kind != "examples" and items:
+            checked_preferences([list(items)], survey.examples)
+    except DataError as error:
+        report.problems.append(Problem(str(error), "", 1, [path]))
+
+
 def inspect_files(
     files: Sequence[str],
     tokenizer: Any,
@@ -95,10 +108,8 @@ def inspect_files(
 
     `kind` says what the rows are to be, as in `load_corpus`.
     """
-    if len(weights) != len(files):
-        raise ConfigError(f"{counted(len(weights), 'weight')} for {counted(len(files), 'file')}; give one for each")
+    check_weights(weights, len(files))
     report, kinds, sources, records, lengths = Report(kind), {}, [], [], []
-    mixed_counts([1] * len(files), weights)
     for path, weight in zip(files, weights, strict=True):
         good, errors, whole = _scan(path, format, columns, kind)
         survey = survey_records(kind, good, tokenizer, max_length=max_length, truncate=truncate, train_on=train_on)
@@ -124,6 +135,13 @@ def inspect_files(
     epoch = mix(sources, seed=seed) if sources else []
     _add_epoch(report, epoch, batch_size=batch_size, max_length=max_length, packing=packing, seed=seed)
     return report, epoch
+
+
+def check_weights(weights: Sequence[float | None], files: int) -> None:
+    """Raise ConfigError unless there is a weight above 0 for each file, or None for each."""
+    if len(weights) != files:
+        raise ConfigError(f"{counted(len(weights), 'weight')} for {counted(files, 'file')}; give one for each")
+    mixed_counts([1] * files, weights)
 
 
 def _scan(

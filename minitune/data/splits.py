@@ -66,10 +66,15 @@ def split_by_hash(
     return parts
 
 
+def hash_point(key: str, seed: int) -> float:
+    """Return the place in [0, 1) that the seed gives a key."""
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
 def _part(key: str, fractions: dict[str, float], seed: int) -> str:
     """Return the name of the part that the key's hash falls into."""
-    digest = hashlib.blake2b(f"{seed}:{key}".encode(errors="surrogatepass"), digest_size=8).digest()
-    point = int.from_bytes(digest, "big") / 2**64
+    point = hash_point(key, seed)
     for name, fraction in fractions.items():  # noqa: B007
         point -= fraction
         if point < 0:
