@@ -11,7 +11,6 @@ empty ones go, and those with a NUL, which no row may hold. One that was cut off
 side: training would end its turn where the model did not, and teach it to stop there.
 """
 
-import importlib
 import json
 import math
 import time
@@ -24,7 +23,7 @@ from statistics import NormalDist, mean, stdev
 from typing import Any, Literal
 
 from minitune.cli import parse
-from minitune.errors import ConfigError, DataError, check_counts, check_seed, counted, nearest, run_command
+from minitune.errors import ConfigError, DataError, check_counts, check_seed, counted, run_command
 from minitune.loading import ModelOptions
 from minitune.sampling import Sampling
 
@@ -208,9 +207,12 @@ def sample(model: Any, tokenizer: Any, asked: Sequence[Asked], config: SampleCon
 def load_scorer(config: SampleConfig) -> Scorer:
     """Return the scorer that was asked for; a function or model that cannot score is refused here, before the work."""
     if config.verifier is not None:
+        from minitune.evaluation.verifier import load_verifier, verified
+
         verifier = load_verifier(config.verifier)
         return lambda asked, texts: [
-            [verified(verifier, one, text) for text in answers] for one, answers in zip(asked, texts, strict=True)
+            [verified(verifier, one.origin, one.prompt, text) for text in answers]
+            for one, answers in zip(asked, texts, strict=True)
         ]
     shared = {field: getattr(config, field) for field in ("dtype", "device", "backend")}
     scoring = ModelOptions(model=config.reward or config.judge, adapter=config.reward_adapter, **shared)
@@ -236,37 +238,6 @@ def read_rubric(path: Path) -> str:
     if not text:
         raise ConfigError(f"rubric {path} is empty; write what makes an answer better")
     return text
-
-
-def load_verifier(name: str) -> Callable[[Any, str], Any]:
-    """Return the function named "package.module:function"; raises ConfigError where it is not to be had."""
-    module_name, _, function = name.partition(":")
-    if not module_name or not function:
-        raise ConfigError(f"verifier is '{name}'; write it as package.module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
-        raise ConfigError(f"verifier {name}: importing it failed ({type(error).__name__}: {error})") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        state = "has no" if found is None else "holds something else as"
-        raise ConfigError(
-            f"verifier {name}: {module_name} {state} function '{function}'{nearest(function, vars(module))}"
-        )
-    return found
-
-
-def verified(verifier: Callable[[Any, str], Any], one: Asked, text: str) -> float:
-    """Return a verifier's score; raises DataError naming the row where it fails or returns no finite number."""
-    where = f"{one.origin}: the verifier, given the completion {text[:40]!r},"
-    try:
-        value = verifier(one.prompt, text)
-        number = math.nan if isinstance(value, str | None) else float(value)
-    except Exception as error:  # whatever the user's function raises
-        raise DataError(f"{where} raised {type(error).__name__}: {error}") from error
-    if not math.isfinite(number):
-        raise DataError(f"{where} returned {value!r}; it must return a finite number or a bool")
-    return number
 
 
 def with_scores(scorer: Scorer, asked: list[Asked], sampled: list[list[Completion]]) -> list[list[Completion]]:

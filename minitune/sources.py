@@ -146,6 +146,16 @@ def resolve(name_or_path: str | Path) -> Path:
     return place
 
 
+def licence(name: str) -> str | None:
+    """Return the licence of what a manifest's name stands for; None for a path, and for a name that it lacks."""
+    if os.path.exists(name):
+        return None
+    try:
+        return _find(name)[0].licence
+    except CheckpointError:
+        return None
+
+
 def fetch(
     name: str,
     *,

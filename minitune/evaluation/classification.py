@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitune.data.formats import Record, read_records
+from minitune.data.formats import Record
 from minitune.decoding import Prompt, generate_texts
 from minitune.errors import ConfigError, DataError, nearest
 from minitune.evaluation.bootstrap import interval
@@ -28,6 +28,7 @@ from minitune.evaluation.metrics import (
     wilson_interval,
 )
 from minitune.evaluation.scores import Measured, share
+from minitune.evaluation.sets import rows_of
 from minitune.model.transformer import Transformer
 from minitune.text.tokenizer import Tokenizer
 
@@ -81,13 +82,13 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_labelled(path: str | Path, labels: Sequence[str]) -> list[LabelledPrompt]:
-    """Return the rows of a data file whose answers are labels.
+    """Return the rows of a data file, or of a set as `sets.rows_of` has it, whose answers are labels.
 
     The last answer of a chat, or the completion of a prompt, is the label; any format but text will do.
     Raises DataError with file:line for a row without one, ConfigError for bad labels.
     """
     labels = check_labels(labels)
-    return [_labelled(record, labels) for record in read_records(path)]
+    return [_labelled(record, labels) for record in rows_of(path)]
 
 
 def _labelled(record: Record, labels: tuple[str, ...]) -> LabelledPrompt:

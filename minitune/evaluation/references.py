@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from minitune.data.examples import encode_record
-from minitune.data.formats import Record, read_records
+from minitune.data.formats import Record
 from minitune.decoding import Answer, Prompt, generate_texts
 from minitune.errors import ConfigError, DataError, nearest
 from minitune.evaluation.bleu import bleu_statistics
@@ -25,27 +25,44 @@ from minitune.evaluation.compliance import answer_form
 from minitune.evaluation.likelihood import likelihoods
 from minitune.evaluation.rouge import KINDS, rouge
 from minitune.evaluation.scores import Measured, share
+from minitune.evaluation.sets import Verifier, rows_of, verifier_of
 from minitune.evaluation.text_metrics import distinct_n, exact_match, pass_at_k, repetition
+from minitune.evaluation.verifier import load_verifier, takes_reference, verified
 from minitune.model.transformer import Transformer
 from minitune.sampling import Sampling
 from minitune.text.tokenizer import Tokenizer
 
 GROUPS = {"rouge": KINDS, "likelihood": ("token_accuracy", "perplexity", "bits_per_byte")}
-METRICS = ("exact_match", *KINDS, "bleu", "chrf", "chrf++", "format", "length", "repetition", *GROUPS["likelihood"])
+VERIFIED = ("verified", "score")
+METRICS = (
+    "exact_match",
+    *VERIFIED,
+    *KINDS,
+    "bleu",
+    "chrf",
+    "chrf++",
+    "format",
+    "length",
+    "repetition",
+    *GROUPS["likelihood"],
+)
 PASS = re.compile(r"pass@([1-9]\d{0,5})")
 DEFAULT = "exact_match,rouge,bleu,chrf,length,repetition"
+DEFAULT_VERIFIED = "verified,score,exact_match,length,repetition"
 
 
 @dataclass(frozen=True)
 class References:
     """What to measure: the rows, the names of the metrics, and the form that "format" asks of an answer.
 
-    For pass@k each row is answered `samples` times at a `temperature`; an answer passes where it is the reference.
+    `verify` scores an answer to a row; 1 or more is right. For pass@k each row is answered `samples` times at a
+    `temperature`; an answer passes where it is right, or where nothing verifies, where it is the reference.
     """
 
     rows: tuple[Record, ...]
     metrics: tuple[str, ...]
     form: Callable[[str], bool] | None = None
+    verify: Verifier | None = None
     samples: int = 10
     temperature: float = 0.8
 
@@ -81,28 +98,39 @@ def read_references(
     form: str | None = None,
     samples: int | None = None,
     temperature: float | None = None,
+    verifier: str | None = None,
 ) -> References:
-    """Return what to measure of a data file.
+    """Return what to measure of a data file or a set.
 
     Args:
-        path: rows in any format that trains but text.
-        metrics: their names, as rouge,bleu; None takes `DEFAULT`, and "format" where there is a form.
+        path: rows in any format that trains but text, or a set's name as `sets.rows_of` has it.
+        metrics: their names, as rouge,bleu; None takes `DEFAULT`, or `DEFAULT_VERIFIED` where answers are verified,
+            and "format" where there is a form.
         form: see `compliance.answer_form`; it belongs to the metric "format".
         samples: answers to each row, for pass@k (default 10).
         temperature: at which they are drawn (default 0.8, that of Chen et al. 2021 for k = 100), above 0.
+        verifier: a function as package.module:function, for the metrics "verified" (1 or more), "score" and pass@k;
+            None takes that of the set, if it brings one.
 
     Raises:
         DataError: a row is malformed or has no reference, with file:line and the number of others. ConfigError: an
         unknown metric, an option without the metric that it belongs to, or k over the samples.
     """
-    names = metric_names(DEFAULT + ",format" * (form is not None) if metrics is None else metrics)
+    verify = _verifier(verifier) if verifier else verifier_of(str(path))
+    names = metric_names(metrics or (DEFAULT_VERIFIED if verify else DEFAULT) + ",format" * (form is not None))
+    if verify is None and set(VERIFIED) & set(names):
+        raise ConfigError(f"the metrics {' and '.join(VERIFIED)} need a verifier; name one, as package.module:function")
+    if verifier and not (set(VERIFIED) & set(names) or any(map(PASS.fullmatch, names))):
+        raise ConfigError(
+            "verifier is set without a metric that it belongs to: verified, score or pass@k; leave it out"
+        )
     if ("format" in names) != (form is not None):
         raise ConfigError("the metric format and the option answer_form belong together; give both or neither")
     complies = answer_form(form) if form else None
-    rows = read_records(path)
+    rows = rows_of(path)
     if rows[0].text is not None:
         raise DataError(f"{rows[0].origin}: a text without question and answer; references need both")
-    task = References(tuple(rows), names, complies)
+    task = References(tuple(rows), names, complies, verify)
     given = {key: value for key, value in (("samples", samples), ("temperature", temperature)) if value is not None}
     if given and not task.passes:
         raise ConfigError(f"{next(iter(given))} is set without a metric pass@k, which it belongs to; leave it out")
@@ -112,6 +140,19 @@ def read_references(
     if task.samples < max(task.passes, default=1):
         raise ConfigError(f"samples is {task.samples}; pass@{max(task.passes)} needs at least {max(task.passes)}")
     return task
+
+
+def _verifier(name: str) -> Verifier:
+    """Return the user's function as a Verifier."""
+    function = load_verifier(name)
+    with_reference = takes_reference(function)
+
+    def verify(row: Record, text: str) -> float:
+        prompt = row.prompt if row.messages is None else list(row.messages[:-1])
+        more = {"reference": reference_of(row)} if with_reference else {}
+        return verified(function, row.origin, prompt, text, **more)
+
+    return verify
 
 
 def reference_of(record: Record) -> str:
@@ -176,8 +217,12 @@ def score_answers(task: References, answers: Sequence[Answer]) -> dict[str, Meas
     def ended(test: Callable[[int], bool]) -> Measured:
         return share([answer.finished and test(row) for row, answer in enumerate(answers)])
 
+    verifies = bool({*VERIFIED} & {*task.metrics})
+    scores = [score_of(task, *pair) for pair in zip(task.rows, answers, strict=True)] if verifies else []
     makers: dict[str, Callable[[], Measured]] = {
         "exact_match": lambda: ended(lambda row: exact_match(texts[row], references[row])),
+        "verified": lambda: share([score >= 1 for score in scores]),
+        "score": lambda: Measured(mean_of(scores)),
         "format": lambda: ended(lambda row: task.form(texts[row])),
         "bleu": lambda: Measured(bleu_statistics(texts, references)),
         "chrf": lambda: Measured(chrf_statistics(texts, references)),
@@ -188,11 +233,23 @@ def score_answers(task: References, answers: Sequence[Answer]) -> dict[str, Meas
     return {name: makers[name]() for name in task.metrics if name in makers}
 
 
+def score_of(task: References, row: Record, answer: Answer) -> float:
+    """Return how right an answer is, 0 to 1, by the verifier or, without one, by being the reference.
+
+    One that is empty or was cut off is not right, whatever a verifier would say; scores outside count as 0 or 1.
+    """
+    if not answer.finished or not answer.text.strip():
+        return 0.0
+    if task.verify is None:
+        return float(exact_match(answer.text, [reference_of(row)]))
+    return min(1.0, max(0.0, task.verify(row, answer.text.strip())))
+
+
 def score_passes(task: References, samples: Sequence[Sequence[Answer]]) -> dict[str, Measured]:
-    """Return pass@k for every k asked for, from several answers to each row; a pure function of texts."""
-    right = []
-    for row, answers in zip(task.rows, samples, strict=True):
-        right.append(sum(one.finished and exact_match(one.text, [reference_of(row)]) for one in answers))
+    """Return pass@k for every k asked for, from several answers to each row."""
+    right = [
+        sum(score_of(task, row, one) >= 1 for one in answers) for row, answers in zip(task.rows, samples, strict=True)
+    ]
     chances = {k: [pass_at_k(len(samples[0]), count, k) for count in right] for k in task.passes}
     return {f"pass@{k}": Measured(mean_of(found)) for k, found in chances.items()}
 

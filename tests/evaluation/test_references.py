@@ -54,7 +54,7 @@ def test_every_metric_of_answers_is_that_of_the_fields_tools(rows):
     texts = ["the cat sat on a mat", " a dog\n", "{'a': 1}", ""]
     task = read_references(rows, "exact_match,rouge,bleu,chrf,chrf++,length,repetition,format", "json")
     found = score_answers(task, answers(*texts))
-    assert {*found} == {*METRICS} - {"token_accuracy", "perplexity", "bits_per_byte"}
+    assert {*found} == {*METRICS} - {"verified", "score", "token_accuracy", "perplexity", "bits_per_byte"}
     assert found["exact_match"].right == (False, True, False, False)
     assert found["format"].right == (False, False, False, False)
     scorer, references = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"]), [answer for _, answer in ROWS]
@@ -231,3 +231,50 @@ def test_a_share_of_nothing_right_is_not_certain():
     alike = numbers({"rouge1": Measured(mean_of([0.0] * 20))})
     assert alike["rouge1"]["interval"] is None
     assert score_lines({"scores": alike}) == ["rouge1             0 (all rows alike)"]
+
+
+def half_right(prompt, answer, reference):
+    """Score an answer by its letters of the reference; more than all for the reference itself."""
+    assert prompt.startswith("Say ")
+    return 2.0 if answer == reference else -1.0 if answer == "bad" else 0.5
+
+
+def test_a_verifier_says_what_is_right_but_for_answers_that_are_empty_or_cut_off(rows, monkeypatch):
+    task = read_references(rows, verifier=f"{__name__}:half_right")
+    assert task.metrics == ("verified", "score", "exact_match", "length", "repetition")
+    found = score_answers(task, answers("the cat sat on the mat", "bad", "close", ""))
+    assert found["verified"].right == (True, False, False, False)
+    assert found["score"].statistics.rows[:, 0].tolist() == [1.0, 0.0, 0.5, 0.0]  # between 0 and 1
+    cut = score_answers(task, answers("the cat sat on the mat", "a dog", '{"a": 1}', "yes", finished=False))
+    assert cut["score"].statistics.value == 0 and not any(cut["verified"].right)
+    several = read_references(rows, "pass@1,pass@2", samples=2, verifier=f"{__name__}:half_right")
+    tries = [answers("the cat sat on the mat", "other"), answers("bad", ""), answers("yes", "no"), answers("yes", "no")]
+    passes = score_passes(several, tries)
+    # Row 1: one of two is right; row 4: one of two; rows 2 and 3 none. pass@1 = (1/2 + 1/2) / 4, pass@2 = (1 + 1) / 4.
+    assert passes["pass@1"].statistics.value == 0.25 and passes["pass@2"].statistics.value == 0.5
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"metrics": "verified"}, "verified and score need a verifier"),
+        ({"metrics": "bleu", "verifier": f"{__name__}:half_right"}, "verifier is set without a metric"),
+        ({"verifier": "nothing"}, "write it as package.module:function"),
+        ({"verifier": "no_such_module_here:f"}, "importing it failed"),
+        ({"verifier": f"{__name__}:half_wrong"}, "did you mean 'half_right'"),
+        ({"verifier": f"{__name__}:ROWS"}, "holds something else as"),
+    ],
+)
+def test_verifiers_without_use_or_that_are_none_are_refused(rows, options, line):
+    with pytest.raises(ConfigError, match=line):
+        read_references(rows, **options)
+
+
+def test_what_a_verifier_does_wrong_is_an_error_that_names_the_row(rows, monkeypatch):
+    import sys
+
+    for made, line in ((lambda *_: None, "returned None"), (lambda *_: 1 / 0, "raised ZeroDivisionError")):
+        monkeypatch.setattr(sys.modules[__name__], "half_right", made)
+        task = read_references(rows, "verified", verifier=f"{__name__}:half_right")
+        with pytest.raises(DataError, match=rf"rows.jsonl:1: the verifier, .* {line}"):
+            score_answers(task, answers("a", "b", "c", "d"))

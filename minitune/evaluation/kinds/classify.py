@@ -7,14 +7,13 @@ from minitune.evaluation import scores
 from minitune.evaluation.classification import ask_labels, classification_metrics, read_labelled, summarize
 from minitune.evaluation.kinds import progress
 from minitune.evaluation.scores import Measured
-from minitune.sources import resolve
 
 KEY = "classification"
 
 
 def read(config: Any) -> list:
     """Return the labelled rows; errors as `read_labelled`."""
-    return read_labelled(resolve(config.classify), config.labels.split(","))[: config.max_rows]
+    return read_labelled(config.classify, config.labels.split(","))[: config.max_rows]
 
 
 def measure(model: Any, tokenizer: Any, rows: list, config: Any) -> tuple[dict[str, Any], dict[str, Measured]]:

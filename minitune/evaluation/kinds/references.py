@@ -5,7 +5,6 @@ from typing import Any
 
 from minitune.evaluation import references, scores
 from minitune.evaluation.kinds import progress
-from minitune.sources import resolve
 
 KEY = "references"
 
@@ -13,7 +12,7 @@ KEY = "references"
 def read(config: Any) -> references.References:
     """Return the rows and what to measure of them; errors as `read_references`."""
     task = references.read_references(
-        resolve(config.references), config.metrics, config.answer_form, config.samples, config.temperature
+        config.references, config.metrics, config.answer_form, config.samples, config.temperature
     )
     return replace(task, rows=task.rows[: config.max_rows])
 
