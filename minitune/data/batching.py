@@ -219,7 +219,13 @@ def shuffled(count: int, *key: int | str) -> list[int]:
     return sorted(range(count), key=marks.__getitem__)
 
 
-def mix(sources: Sequence[tuple[Sequence[Item], float | None]], *, seed: int, epoch: int = 0) -> list[Item]:
+def mix(
+    sources: Sequence[tuple[Sequence[Item], float | None]],
+    *,
+    seed: int,
+    epoch: int = 0,
+    shares: Sequence[float | None] = (),
+) -> list[Item]:
     """Return one epoch's examples: as many as there are in all, shared among the sources by weight.
 
     Weights are relative; without any (all None) every example comes once. A source whose share is under its
@@ -227,7 +233,7 @@ def mix(sources: Sequence[tuple[Sequence[Item], float | None]], *, seed: int, ep
     source come equally often (to within one), as each epoch goes on where the one before stopped. Raises
     ConfigError for a weight that is not above 0, or weights on some sources only.
     """
-    counts = mixed_counts([len(examples) for examples, _ in sources], [weight for _, weight in sources])
+    counts = mixed_counts([len(examples) for examples, _ in sources], [weight for _, weight in sources], shares)
     mixed = []
     for number, ((examples, _), count) in enumerate(zip(sources, counts, strict=True)):
         passes = range(epoch * count // len(examples), -(-(epoch + 1) * count // len(examples)))
@@ -237,8 +243,16 @@ def mix(sources: Sequence[tuple[Sequence[Item], float | None]], *, seed: int, ep
     return mixed
 
 
-def mixed_counts(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """Return how many rows an epoch takes of each source: `sum(sizes)` by weight, the largest remainders up."""
+def mixed_counts(
+    sizes: Sequence[int], weights: Sequence[float | None], shares: Sequence[float | None] = ()
+) -> list[int]:
+    """Return how many rows an epoch takes of each source: `sum(sizes)` by weight, the largest remainders up.
+
+    A source with a share, where there are any, has that share of all rows, and the others have theirs as if it were
+    not there.
+    """
+    if any(share is not None for share in shares):
+        return _shared_counts(sizes, weights, shares)
     if all(weight is None for weight in weights):
         return list(sizes)
     for number, weight in enumerate(weights, 1):
@@ -255,3 +269,18 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return counts
+
+
+def _shared_counts(sizes: Sequence[int], weights: Sequence[float | None], shares: Sequence[float | None]) -> list[int]:
+    """Return the rows of each source where some have a share f: n rows of the others make n / (1 - sum f) in all."""
+    taken = sum(share or 0 for share in shares)
+    for number, (weight, share) in enumerate(zip(weights, shares, strict=True), 1):
+        if share is not None and (weight is not None or not 0 < share < 1 or taken >= 1 or None not in shares):
+            raise ConfigError(
+                f"share {share} of data source {number}: it must be above 0, without a weight, all shares together "
+                "below 1, and one source must have none"
+            )
+    rest = [i for i, share in enumerate(shares) if share is None]
+    counts = dict(zip(rest, mixed_counts([sizes[i] for i in rest], [weights[i] for i in rest]), strict=True))
+    whole = sum(counts.values()) / (1 - taken)
+    return [counts[i] if share is None else max(1, round(share * whole)) for i, share in enumerate(shares)]

@@ -35,6 +35,8 @@ class Source:
     """Kind of its rows; auto is told by their fields."""
     columns: dict[str, str] | None = None
     """Other names of fields: {prompt: question, completion: answer} reads `question` as the prompt."""
+    share: float | None = None
+    """Rehearsal: its rows are this share of an epoch, beside those of the other files; none is held out."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,13 @@ class Encoding:
 class Corpus:
     """Training items by source with their weights, validation items, and one entry per file.
 
-    Items are examples, pairs or judged examples, all of one kind.
+    Items are examples, pairs or judged examples, all of one kind. `shares` are as in `mix`.
     """
 
     training: list[tuple[list[Item], float | None]]
     validation: list[Item]
     files: list[dict[str, Any]]
+    shares: tuple[float | None, ...] = ()
 
     def leaked(self) -> int:
         """Return how many validation items are training items too."""
@@ -95,7 +98,7 @@ class Stream:
             yield self._collate(self.corpus.validation, rows)
 
     def _epoch(self, epoch: int) -> tuple[list[Item], list[list[list[int]]]]:
-        items = mix(self.corpus.training, seed=self.seed, epoch=epoch)
+        items = mix(self.corpus.training, seed=self.seed, epoch=epoch, shares=self.corpus.shares)
         return items, self._plan(items, epoch)
 
     def _plan(self, items: list[Item], epoch: int) -> list[list[list[int]]]:
@@ -126,7 +129,9 @@ def load_corpus(
     """
     taught, held, files = [], [], []
     for source in training:
-        learned, kept, survey, origins = _split(source, tokenizer, encoding, kind, held_out, seed)
+        learned, kept, survey, origins = _split(
+            source, tokenizer, encoding, kind, held_out * (source.share is None), seed
+        )
         taught.append((learned, source.weight))
         held += kept
         files.append(_entry(source, "training", learned, kept, survey, origins))
@@ -134,13 +139,14 @@ def load_corpus(
         _, kept, survey, origins = _split(source, tokenizer, encoding, kind, 1, seed)
         held += kept
         files.append(_entry(source, "validation", [], kept, survey, origins))
+    shares = tuple(source.share for source, (items, _) in zip(training, taught, strict=True) if items)
     taught = [(items, weight) for items, weight in taught if items]
     if not taught:
         raise DataError("no row is left to train on; lower validation_fraction or give more rows")
     if kind != "examples":
         parts, held = checked_preferences([items for items, _ in taught], held)
         taught = [(items, weight) for items, (_, weight) in zip(parts, taught, strict=True)]
-    return Corpus(taught, held, files)
+    return Corpus(taught, held, files, shares)
 
 
 def _split(
@@ -183,6 +189,7 @@ def _entry(
         "role": role,
         "sha256": file_sha256(data_path(source.path)),
         "weight": source.weight,
+        "share": source.share,
         "format": source.format,
         "columns": source.columns,
         "training_examples": len(learned),

@@ -38,9 +38,10 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
     return {path: weight for path, weight in stored.items() if isinstance(weight, QuantizedTensor)}
 
 
-def _targets(model: Transformer, wanted: tuple[str, ...] | str) -> dict[str, Linear]:
+def _targets(model: Transformer, wanted: tuple[str, ...] | str, first_layer: int) -> dict[str, Linear]:
     """Return the layers that are wanted, by our names or by those of the family's checkpoints."""
-    layers = linear_modules(model)
+    below = tuple(f"model.layers.{number}." for number in range(first_layer))
+    layers = {path: layer for path, layer in linear_modules(model).items() if not path.startswith(below)}
     theirs = {path: checkpoint_name(model.config, path) for path in layers}
     if wanted == "all-linear":
         return layers
@@ -59,13 +60,14 @@ def _targets(model: Transformer, wanted: tuple[str, ...] | str) -> dict[str, Lin
     return {path: layer for path, layer in layers.items() if path in chosen}
 
 
-def add_lora(model: Transformer, config: LoRAConfig, *, seed: int = 0) -> dict[str, LoRA]:
+def add_lora(model: Transformer, config: LoRAConfig, *, seed: int = 0, first_layer: int = 0) -> dict[str, LoRA]:
     """Give each targeted linear layer an adapter and freeze all other parameters.
 
     Args:
         model: changed in place.
         config: rank, scaling and targets.
         seed: of the draw of A; the same seed gives the same adapter on every device.
+        first_layer: the number of layers, from the lowest, that get no adapter.
 
     Returns:
         The adapters by the path of their layer.
@@ -73,7 +75,7 @@ def add_lora(model: Transformer, config: LoRAConfig, *, seed: int = 0) -> dict[s
     Raises:
         ConfigError: an unknown target, or a layer that has an adapter already.
     """
-    return install(model, dict.fromkeys(_targets(model, config.target_modules), config), seed=seed)
+    return install(model, dict.fromkeys(_targets(model, config.target_modules, first_layer), config), seed=seed)
 
 
 def install(model: nn.Module, configs: dict[str, LoRAConfig], *, seed: int = 0) -> dict[str, LoRA]:

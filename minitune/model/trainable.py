@@ -1,4 +1,4 @@
-"""Which parameters train: all, the adapters, the last layers, or those whose name matches a pattern."""
+"""Which parameters train: all, the adapters, the upper layers, or those whose name matches a pattern."""
 
 import re
 from collections.abc import Iterable
@@ -32,6 +32,20 @@ def train_last_layers(model: nn.Module, count: int) -> dict[str, nn.Parameter]:
     for module in (*layers[len(layers) - count :], model.model.norm):
         module.requires_grad_(True)
     return trainable_parameters(model)
+
+
+def freeze_below(model: nn.Module, count: int) -> None:
+    """Stop training the lowest `count` layers and the embedding below them, a head that is tied to it included.
+
+    Raises:
+        ConfigError: no layer would be left to train.
+    """
+    layers = model.model.layers
+    if count >= len(layers):
+        raise ConfigError(f"freeze_layers is {count}; it must be below {len(layers)}, the layers of the model")
+    for module in (*layers[:count], model.model.embed_tokens, getattr(model.model, "embed_positions", None)):
+        if module is not None:
+            module.requires_grad_(False)
 
 
 def train_whole(model: nn.Module, modules: Iterable[str]) -> None:

@@ -155,6 +155,9 @@ class _Projections(torch.autograd.Function):
         if any(needs[:count]):
             dw = (dy.T @ flat).split(sizes)
             grads[:count] = [part if need else None for part, need in zip(dw, needs[:count], strict=True)]
+        for weight, part in zip(weights, parts, strict=True):
+            if isinstance(weight, QuantizedTensor) and weight.on_gradient is not None:
+                weight.on_gradient(part.T @ flat)
         for i in range(count):
             if needs[count + i]:
                 grads[count + i] = parts[i].sum(0)

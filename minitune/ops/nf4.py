@@ -70,6 +70,8 @@ class QuantizedTensor:
     """fp32 (ceil(len(absmax_codes) / 256),)."""
     offset: torch.Tensor | None = None
     """fp32 (), the mean absmax."""
+    on_gradient: Callable[[torch.Tensor], None] | None = None
+    """Called in each backward pass with the gradient that the weight would have, (out, in); nothing keeps that."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that are present, by field: all that is to be stored or moved."""

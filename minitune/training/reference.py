@@ -7,8 +7,6 @@ a file that says otherwise is refused. Keeping a second copy of the model was re
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,10 @@ import torch
 from minitune.data.batching import collate_documents
 from minitune.data.corpus import Corpus
 from minitune.data.examples import Example
-from minitune.errors import CheckpointError
-from minitune.files import atomic_file
 from minitune.model.transformer import Transformer
-from minitune.safetensors_io import read_header, read_metadata, write_tensors
-from minitune.sources import weights_folder
+from minitune.training.kept import digest, kept_tensors
 from minitune.training.objectives import to_device
 from minitune.training.preference import answer_log_probabilities
-
-_NAMES = {"model": "another model", "data": "other data, or the same by another chat template or tokenizer",
-          "dtype": "another dtype"}  # fmt: skip
 
 
 def with_reference(
@@ -47,17 +39,13 @@ def with_reference(
         CheckpointError: the file is damaged, or of another model, data or dtype.
     """
     documents = list(_documents(corpus))
-    dtype = str(model.dtype).removeprefix("torch.")
-    key = {"model": base, "data": _digest(documents), "dtype": dtype}
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    place = Path(path) if path else weights_folder() / "reference" / f"{name}.safetensors"
-    if place.is_file():
-        values = _read(place, key, len(documents))
-    else:
-        values = score(model, documents, batch_size, pad_id)
-        with atomic_file(place) as temporary:
-            write_tensors(temporary, {"log_probabilities": values}, key)
-    sums = iter(values.tolist())
+    key = {"model": base, "data": digest(documents), "dtype": str(model.dtype).removeprefix("torch.")}
+    kept, place = kept_tensors(
+        "reference log-probabilities", "reference", "preference.reference_cache", path, key,
+        {"log_probabilities": (len(documents),)},
+        lambda: {"log_probabilities": score(model, documents, batch_size, pad_id)},
+    )  # fmt: skip
+    sums = iter(kept["log_probabilities"].tolist())
 
     def filled(item: Any) -> Any:
         return dataclasses.replace(item, reference=tuple(next(sums) for _ in item.scored))
@@ -87,29 +75,3 @@ def _documents(corpus: Corpus) -> Iterator[Example]:
     for items in (*(items for items, _ in corpus.training), corpus.validation):
         for item in items:
             yield from item.scored
-
-
-def _digest(documents: list[Example]) -> str:
-    """Return a sha256 over all token ids and targets, in order."""
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(json.dumps([document.ids, [int(target) for target in document.targets]]).encode())
-    return digest.hexdigest()
-
-
-def _read(place: Path, key: dict[str, str], count: int) -> torch.Tensor:
-    """Return the sums that `place` holds; CheckpointError where they are not those of `key`."""
-    saved = read_metadata(place)
-    for field, wanted in key.items():
-        if saved.get(field) != wanted:
-            raise CheckpointError(
-                f"{place}: these reference log-probabilities are of {_NAMES[field]}; "
-                f"delete the file, or give another preference.reference_cache"
-            )
-    tensor = read_header(place).get("log_probabilities")
-    if tensor is None or tensor.shape != (count,):
-        raise CheckpointError(f"{place} does not hold {count} log-probabilities; delete it")
-    values = tensor.read()
-    if not torch.isfinite(values).all():
-        raise CheckpointError(f"{place} holds a NaN or infinity; delete it")
-    return values
