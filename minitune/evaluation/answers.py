@@ -13,7 +13,7 @@ from typing import Any
 from minitune.data.formats import Record
 from minitune.data.reading import RowError, read_rows
 from minitune.endpoint import Reply
-from minitune.errors import ConfigError, DataError
+from minitune.errors import ConfigError, DataError, counted
 from minitune.evaluation.references import ask
 from minitune.model.transformer import Transformer
 from minitune.text.tokenizer import Tokenizer
@@ -72,7 +72,8 @@ def read_answers(path: str | Path, records: Sequence[Record]) -> list[Reply]:
     """
     rows = list(read_rows(path))
     if len(rows) != len(records):
-        raise DataError(f"{path}: {len(rows)} answers to {len(records)} prompts; give one to each, in their order")
+        found = f"{counted(len(rows), 'answer')} to {counted(len(records), 'prompt')}"
+        raise DataError(f"{path}: {found}; give one to each, in their order")
     return [_answer(origin, row, record) for (origin, row), record in zip(rows, records, strict=True)]
 
 

@@ -82,7 +82,7 @@ def pairwise_result(
     }  # fmt: skip
     decided = [(one, duel) for one, duel in zip(outcomes, duels, strict=True) if one is not None]
     found["longer"] = longer_wins(decided).numbers()
-    if decided:
+    if whole or not asked:  # else there are but ties that nobody judged
         found["wins"] = count_wins([one for one, _ in decided]).numbers()
     found["outcomes"] = outcomes
     return found | _agreement(dict(enumerate(outcomes)), votes)

@@ -28,6 +28,7 @@ from minitune.strict_json import loads
 
 _VERDICT = re.compile(r"VERDICT: ([A-Z]+)")
 _SCORE = re.compile(r"SCORE ([\w -]+): (\d{1,3})")
+DOWN = 3  # requests that fail in a row
 _FIELDS, _OPENING = {"request": str, "text": str, "finished": bool}, '{"request": '  # of a line of a journal
 
 
@@ -126,8 +127,8 @@ def ask_all(
         judge: the judge's name and settings; a journal's replies of another are not used.
         journal: a JSONL file that replies are read from and added to as they come in.
         at_once: conversations handed to the responder in one call. Where a call fails, each of them is asked alone, so
-            that one failure costs one reply; where all of these fail too, the endpoint is taken to be down, and the
-            rest is not asked.
+            that one failure costs one reply; where several fail in a row, the endpoint is taken to be down, and the
+            calls that are left are not made.
         on_batch: called with the number of conversations that were dealt with.
 
     Raises DataError for a journal that is none.
@@ -137,18 +138,20 @@ def ask_all(
     todo = {key: one for key, one in zip(keys, conversations, strict=True) if key not in replies}
     if on_batch:
         on_batch(sum(key in replies for key in keys))
+    failed: list[Missing] = []  # in a row
     with _writer(journal) as write:
-        down = None
         for start in range(0, len(todo), at_once):
             batch = dict(list(todo.items())[start : start + at_once])
-            answered = dict.fromkeys(batch, down) if down else _ask(responder, batch)
-            if all(isinstance(reply, Missing) for reply in answered.values()):
-                down = down or Missing(
-                    "not asked, as the endpoint failed before", next(iter(answered.values())).details
-                )
+            if len(failed) < DOWN:
+                answered = _ask(responder, batch)
+            else:
+                answered = dict.fromkeys(batch, Missing("not asked, as the endpoint failed before", failed[-1].details))
             for key, reply in answered.items():
                 if isinstance(reply, Reply):
                     write({"request": key, "text": reply.text, "finished": reply.finished})
+                    failed.clear()
+                else:
+                    failed.append(reply)
             replies |= answered
             if on_batch:
                 on_batch(sum(key in batch for key in keys))

@@ -136,8 +136,13 @@ def problem_of(missing: int, asked: int, most: float) -> dict[str, str]:
     """Return {"problem": line} where more than the share `most` of what was asked has no verdict, else nothing."""
     if missing <= most * asked:
         return {}
-    share = f"{missing} of {asked} have no verdict, more than max_missing {most:g}"
-    return {"problem": f"{share}: the result stands on too few; see why above, and run again with --judge.journal"}
+    share = (
+        f"{missing} of {asked} have no verdict, more than judge.max_missing {most:g}, so the result stands on too few"
+    )
+    remedy = (
+        "take another judge, a larger judge.max_new_tokens, or go on with --judge.journal once the endpoint answers"
+    )
+    return {"problem": f"{share}; {remedy}"}
 
 
 def check_two(config: Any, asked: Asked, what: str) -> None:
