@@ -24,10 +24,12 @@ from minitune.loading import ModelOptions
 from minitune.responder import ResponderOptions
 
 ANSWERED = ("golden", "blind", "judge")  # those that take answers from files too
-KINDS = ("classify", "references", "choices", "perplexity", *ANSWERED)
-BASED = ("classify", "references", "choices", *ANSWERED)  # those that have the base measured too
+PROMPTED = ("classify", "references", "choices")  # those whose base may be asked in its best way
+KINDS = (*PROMPTED, "perplexity", *ANSWERED)
+BASED = (*PROMPTED, *ANSWERED)  # those that have the base measured too
 BELONGS = {  # an option and the kinds that read it
-    "labels": ("classify",), "metrics": ("references",), "answer_form": ("references",), "samples": ("references",),
+    "labels": ("classify",), "base_prompts": PROMPTED, "validation": PROMPTED, "metrics": ("references",),
+    "verifier": ("references",), "answer_form": ("references",), "samples": ("references",),
     "temperature": ("references",), "base": BASED, "max_rows": BASED,
     "max_new_tokens": ("classify", "references", *ANSWERED), "batch_size": BASED,
     "golden_page": ("golden",), "answers": ANSWERED,
@@ -125,16 +127,20 @@ class EvaluateConfig(ModelOptions):
     """What to measure, of which models."""
 
     classify: str | None = None
-    """Rows whose last answer is a label: .jsonl, .json or .csv in any format that trains."""
+    """Rows whose last answer is a label, in any format that trains, or a set: rotten_tomatoes, imdb:validation."""
     labels: str | None = None
-    """With classify: the labels, as positive,negative."""
+    """With classify: the labels, as positive,negative (a set has its own)."""
     references: str | None = None
-    """Rows whose last answer is what to write: .jsonl, .json or .csv in any format that trains but text."""
+    """Rows whose last answer is what to write, in any format that trains but text, or a set: aclsum,
+    reasoning-gym:TASK (whose code then runs here)."""
     metrics: str | None = None
     """With references: rouge,bleu,... (default exact_match,rouge,bleu,chrf,length,repetition; also rouge1, chrf++,
     format, pass@1, pass@5, ..., token_accuracy, perplexity, bits_per_byte, likelihood for these three)."""
     answer_form: str | None = None
     """With references: what the metric format asks for: regex:PATTERN, choices:a,b, json, or json:SCHEMA.json."""
+    verifier: str | None = None
+    """With references: package.module:function, called as f(prompt, answer), or with reference=... too, returns 0 to 1;
+    for the metrics verified (1), score and pass@k."""
     samples: int | None = None
     """With references: answers to each row for pass@k (default 10)."""
     temperature: float | None = None
@@ -143,6 +149,10 @@ class EvaluateConfig(ModelOptions):
     """Rows {"prompt", "choices": [...], "answer"} to choose from by likelihood."""
     base: str | None = None
     """The model to compare with (default: with an adapter, the model without it)."""
+    base_prompts: str | None = None
+    """Ways to ask the base, rows {"user": "... {} ...", "system", "shots", "name"}; one is taken as it is."""
+    validation: str | None = None
+    """Rows to choose the base's prompt by (with base_prompts, else among built-in ways, answered examples included)."""
     also: tuple[str, ...] | None = None
     """Other models or adapters to measure on the same rows, by name, as [low=runs/low/adapter,merged=runs/merged]."""
     perplexity: str | None = None
@@ -181,8 +191,8 @@ class EvaluateConfig(ModelOptions):
                 "nothing to measure; give --classify FILE --labels a,b, --references FILE, --choices FILE, "
                 "--perplexity FILE, --golden FILE, --blind.prompts FILE or --judge.prompts FILE, or several"
             )
-        if self.classify is not None and self.labels is None:
-            raise ConfigError("labels are missing; name them, as in --labels positive,negative")
+        if (self.base_prompts or self.validation) and len(set(PROMPTED) & set(self.kinds)) > 1:
+            raise ConfigError("base_prompts and validation are for one of classify, references, choices at a time")
         for name, kinds in BELONGS.items():
             if getattr(self, name) is not None and not set(kinds) & set(self.kinds):
                 raise ConfigError(f"{name} is set without {' or '.join(kinds)}, which it belongs to; leave it out")
@@ -270,10 +280,10 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     used = any(getattr(task, "needs_model", True) for task in tasks.values())
     start = time.monotonic()
     models = {"": config, **config.others}
-    found = {name: _found(options, kinds, tasks, config) for name, options in models.items()}
-    based = {name: kind for name, kind in kinds.items() if name in BASED}
     alone = config.base is None and config.adapter is None  # the model is the base, for the others if there are some
-    base = found[""] if alone else _found(config.reference, based, tasks, config) if based else {}
+    found = {name: _found(options, kinds, tasks, config, base=alone and not name) for name, options in models.items()}
+    based = {name: kind for name, kind in kinds.items() if name in BASED}
+    base = found[""] if alone else _found(config.reference, based, tasks, config, base=True) if based else {}
     described = {}
     for name, options in models.items():
         against = {} if alone and not name else base
@@ -292,17 +302,21 @@ def load_kind(name: str) -> Any:
 
 
 def _found(
-    options: ModelOptions, kinds: dict[str, Any], tasks: dict[str, Any], config: EvaluateConfig
+    options: ModelOptions, kinds: dict[str, Any], tasks: dict[str, Any], config: EvaluateConfig, *, base: bool
 ) -> dict[str, Any]:
     """Return what each kind measured of one model, which is gone then: two at once may not fit.
 
-    None for one that has its answers already; where all have, no model is loaded.
+    A `base` is measured as a kind's `measure_base` does it, where there is one. None for one that has its answers
+    already; where all have, no model is loaded.
     """
     asked = {name: kind for name, kind in kinds.items() if getattr(tasks[name], "needs_model", True)}
     if not asked:
         return dict.fromkeys(kinds)
     model, tokenizer = options.load()
-    found = {name: kind.measure(model, tokenizer, tasks[name], config) for name, kind in asked.items()}
+    measures = {
+        name: getattr(kind, "measure_base", kind.measure) if base else kind.measure for name, kind in asked.items()
+    }
+    found = {name: measure(model, tokenizer, tasks[name], config) for name, measure in measures.items()}
     return dict.fromkeys(kinds) | found
 
 

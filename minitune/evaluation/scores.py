@@ -74,7 +74,7 @@ def count_lines(kind: str, found: dict[str, Any]) -> list[str]:
     lines = []
     for name, counts in (("base", found.get("base_answers")), ("tuned" * ("base" in found), found["answers"])):
         if counts is not None:
-            shown = ", ".join(f"{key} {value:,}" for key, value in counts.items())
+            shown = ", ".join(f"{key} {value:,}" for key, value in counts.items() if isinstance(value, int | float))
             lines.append(" ".join(f"{kind:<12}{name} {shown}".split()))
     return lines
 

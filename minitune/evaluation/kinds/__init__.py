@@ -5,9 +5,9 @@
     report(task, found, base, config)          -> object   for JSON; `base` is None, or the base's `found`
     lines(object)                              -> lines    for a reader
 
-`KEY` is the object's name in the result. `config` is the door's EvaluateConfig, of which a kind reads its own options;
-the door says which those are, and for which kinds the base is measured too. A class with four methods was rejected:
-it would hold nothing but the option's name.
+`KEY` is the object's name in the result. A kind that has `measure_base` too measures the base by that. `config` is the
+door's EvaluateConfig, of which a kind reads its own options; the door says which those are, and for which kinds the
+base is measured too. A class with four methods was rejected: it would hold nothing but the option's name.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,28 +1,35 @@
 """Kind "choices": which of the given answers a model finds likeliest."""
 
+from functools import partial
 from typing import Any
 
 from minitune.evaluation import scores
-from minitune.evaluation.choices import Question, read_choices, score_choices
+from minitune.evaluation.choices import read_choices, score_choices
 from minitune.evaluation.kinds import progress
+from minitune.evaluation.kinds.prompted import Prompted, measure_best, prompt_lines, prompted
 from minitune.evaluation.kinds.references import report  # noqa: F401 - the same for both
 from minitune.sources import resolve
 
 KEY = "choices"
 
 
-def read(config: Any) -> list[Question]:
-    """Return the questions; errors as `read_choices`."""
-    return read_choices(resolve(config.choices))[: config.max_rows]
+def read(config: Any) -> Prompted:
+    """Return the questions; errors as `read_choices` and `prompted`."""
+    return prompted(
+        config.choices, read_choices(resolve(config.choices)), config, lambda path: read_choices(resolve(path))
+    )
 
 
-def measure(model: Any, tokenizer: Any, rows: list[Question], config: Any) -> tuple[dict, dict]:
+def measure(model: Any, tokenizer: Any, task: Prompted, config: Any) -> tuple[dict, dict]:
     """Return the number of rows, and the metrics."""
-    with progress(sum(len(row.choices) for row in rows), "choose", "choices") as update:
-        found = score_choices(model, tokenizer, rows, batch_size=config.batch_size or 8, on_batch=update)
-    return {"rows": len(rows)}, found
+    with progress(sum(len(row.choices) for row in task.rows), "choose", "choices") as update:
+        found = score_choices(model, tokenizer, task.rows, batch_size=config.batch_size or 8, on_batch=update)
+    return {"rows": len(task.rows)}, found
+
+
+measure_base = partial(measure_best, measure)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
     """Return the counts and the metrics."""
-    return [*scores.count_lines(KEY, found), *scores.score_lines(found)]
+    return [*prompt_lines(KEY, found), *scores.count_lines(KEY, found), *scores.score_lines(found)]

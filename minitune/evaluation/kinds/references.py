@@ -1,42 +1,50 @@
 """Kind "references": what a model writes, compared with each row's own answer."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from minitune.evaluation import references, scores
 from minitune.evaluation.kinds import progress
+from minitune.evaluation.kinds.prompted import Prompted, measure_best, prompt_lines, prompted
+from minitune.evaluation.sets import rows_of
 
 KEY = "references"
 
 
-def read(config: Any) -> references.References:
-    """Return the rows and what to measure of them; errors as `read_references`."""
+def read(config: Any) -> Prompted:
+    """Return the rows and what to measure of them; errors as `read_references` and `prompted`."""
     task = references.read_references(
-        config.references, config.metrics, config.answer_form, config.samples, config.temperature
+        config.references, config.metrics, config.answer_form, config.samples, config.temperature, config.verifier
     )
-    return replace(task, rows=task.rows[: config.max_rows])
+    return prompted(config.references, task.rows, config, rows_of, task)
 
 
-def measure(model: Any, tokenizer: Any, task: references.References, config: Any) -> tuple[dict, dict]:
+def measure(model: Any, tokenizer: Any, task: Prompted, config: Any) -> tuple[dict, dict]:
     """Return counts of the answers, and the metrics."""
-    counts, measured = {"rows": len(task.rows)}, {}
+    asked = replace(task.about, rows=task.rows)
+    counts, measured = {"rows": len(asked.rows)}, {}
     options = {"max_new_tokens": config.max_new_tokens or 256, "batch_size": config.batch_size or 32}
-    if task.asks:
-        with progress(len(task.rows), "answer", "rows") as update:
-            answers = references.ask(model, tokenizer, task.rows, on_batch=update, **options)
-        counts, measured = references.summary(answers), references.score_answers(task, answers)
-    if task.passes:
-        with progress(len(task.rows) * task.samples, "sample", "answers") as update:
-            samples = references.ask_repeatedly(model, tokenizer, task, on_batch=update, **options)
-        measured |= references.score_passes(task, samples)
-    return counts, measured | references.score_likelihood(model, tokenizer, task, batch_size=config.batch_size or 8)
+    if asked.asks:
+        with progress(len(asked.rows), "answer", "rows") as update:
+            answers = references.ask(model, tokenizer, asked.rows, on_batch=update, **options)
+        counts, measured = references.summary(answers), references.score_answers(asked, answers)
+    if asked.passes:
+        with progress(len(asked.rows) * asked.samples, "sample", "answers") as update:
+            samples = references.ask_repeatedly(model, tokenizer, asked, on_batch=update, **options)
+        measured |= references.score_passes(asked, samples)
+    measured |= references.score_likelihood(model, tokenizer, asked, batch_size=config.batch_size or 8)
+    return counts, {name: measured[name] for name in asked.metrics}
 
 
-def report(task: Any, found: tuple, base: tuple | None, config: Any) -> dict[str, Any]:
+measure_base = partial(measure_best, measure)
+
+
+def report(task: Prompted, found: tuple, base: tuple | None, config: Any) -> dict[str, Any]:
     """Return "answers" and "scores", and of the base "base_answers", "base" and "comparison"."""
-    return scores.report(found, base)
+    return scores.report(found, base) | {"data": task.data}
 
 
 def lines(found: dict[str, Any]) -> list[str]:
     """Return the counts and the metrics."""
-    return [*scores.count_lines(KEY, found), *scores.score_lines(found)]
+    return [*prompt_lines(KEY, found), *scores.count_lines(KEY, found), *scores.score_lines(found)]

@@ -1,0 +1,62 @@
+"""What the kinds have in common whose base is asked in its best way: rows, ways to ask, and the choice among them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from minitune.errors import counted
+from minitune.evaluation.prompting import Row, Search, choose, search_of
+from minitune.evaluation.sets import provenance
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """The rows of a kind, what else it knows of them (`about`), how to ask the base, and where the rows come from."""
+
+    rows: tuple[Row, ...]
+    about: Any
+    search: Search | None
+    data: dict[str, str]
+
+
+def prompted(
+    path: str, rows: Sequence[Row], config: Any, read: Callable[[str], Sequence[Row]], about: Any = None,
+    labels: Sequence[str] = (),
+) -> Prompted:  # fmt: skip
+    """Return the task of a kind: the first `max_rows` of `rows`, which came from `path`.
+
+    `read` reads rows to choose the base's prompt by. Errors as in `search_of`.
+    """
+    rows = tuple(rows[: config.max_rows])
+    validation = read(config.validation) if config.validation else ()
+    return Prompted(rows, about, search_of(config.base_prompts, validation, rows, labels), provenance(path))
+
+
+def measure_best(
+    measure: Callable[..., tuple[dict, dict]], model: Any, tokenizer: Any, task: Prompted, config: Any
+) -> tuple[dict, dict]:
+    """Return what `measure` returns for the rows asked in the way that is best for this model, which is "prompt"."""
+    if task.search is None:
+        return measure(model, tokenizer, task, config)
+    chat = tokenizer.chat_template is not None
+    chosen = choose(
+        task.search, lambda rows: measure(model, tokenizer, replace(task, rows=rows), config)[1], chat=chat, say=print
+    )
+    asked = tuple(chosen.ask(row, chat=chat) for row in task.rows)
+    counts, metrics = measure(model, tokenizer, replace(task, rows=asked), config)
+    return counts | {"prompt": chosen.described()}, metrics
+
+
+def prompt_lines(kind: str, found: dict[str, Any]) -> list[str]:
+    """Return the lines that say where a report's rows come from and how the base was asked."""
+    data = found["data"]
+    lines = [f"{kind:<12}{data['set']} ({data['licence']})"] if "set" in data else []
+    asked = (found.get("base_answers") or found.get("answers") or found).get("prompt")
+    if asked is None:
+        return lines
+    name, tried = asked["name"], asked["tried"]
+    if tried:
+        (metric, value), *_ = tried[name].items()
+        ways, rows = counted(len(tried), "way"), counted(asked["validation_rows"], "validation row")
+        return [*lines, f"base asked  {name} (best of {ways} on {rows}: {metric} {value:.4g})"]
+    return [*lines, f"base asked  {name} (as given)"]

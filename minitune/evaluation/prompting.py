@@ -1,0 +1,240 @@
+"""How a model is asked, and the way that serves it best: a base is compared as well as a user could have asked it.
+
+A fine-tuned model is asked as in its training. The base is asked in several ways, with answered examples too, on
+validation rows, and the test rows are asked in the best of them,
+
+    way* = argmax_w (first metric, second metric, ...) on the validation rows;  of equals, the first
+
+so that what is called a gain of the training is not one of the wording. The rows that examples are taken from are not
+asked, and no row of either kind may be a test row. Choosing on the test rows was rejected: it would flatter the base,
+the more the more ways there are.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from minitune.data.formats import Format, Record, filled, read_records, text_field
+from minitune.data.reading import RowError
+from minitune.data.splits import normalise
+from minitune.decoding import Prompt
+from minitune.errors import ConfigError, DataError, counted
+from minitune.evaluation.choices import Question
+from minitune.evaluation.classification import LabelledPrompt
+from minitune.evaluation.scores import Measured
+from minitune.sources import resolve
+
+MARK = "{}"
+Row = LabelledPrompt | Record | Question
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of asking: `user` has the row's question in place of {}; before it come `shots` answered examples.
+
+    `system` None keeps a row's own system message, "" leaves it out. The other fields are as in Record.
+    """
+
+    name: str
+    user: str = MARK
+    system: str | None = None
+    shots: int = 0
+    format: str = ""
+    document: bool = False
+    unread: tuple[str, ...] = ()
+    source: Any = None
+
+    @property
+    def title(self) -> str:
+        """The name with the number of examples."""
+        return f"{self.name}, {counted(self.shots, 'example')}"
+
+
+@dataclass(frozen=True)
+class Search:
+    """Ways to ask a base, and the validation rows that they are tried on; without rows, there is one way, as given."""
+
+    ways: tuple[Way, ...]
+    rows: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The way that was chosen, its examples, and what each way that was tried scored on how many validation rows."""
+
+    way: Way
+    shots: tuple[Row, ...] = ()
+    tried: tuple[tuple[str, dict[str, float]], ...] = ()
+    rows: int = 0
+
+    def ask(self, row: Row, *, chat: bool) -> Row:
+        """Return a row asked in this way; `chat`: the tokenizer has a chat template."""
+        return reworded(row, self.way, self.shots[: self.way.shots], chat=chat)
+
+    def described(self) -> dict[str, Any]:
+        """Return it as an object for JSON."""
+        found = {"name": self.way.title, "user": self.way.user, "system": self.way.system, "shots": self.way.shots}
+        return found | {"tried": dict(self.tried), "validation_rows": self.rows}
+
+
+def default_ways(labels: Sequence[str] = ()) -> tuple[Way, ...]:
+    """Return the ways to try where none are given: as the rows ask and, of labels, naming them; with examples too."""
+    wordings = [Way("as the rows ask")]
+    if labels:
+        named = f"{MARK}\n\nAnswer with exactly one of these, and nothing else: {', '.join(labels)}."
+        wordings += [Way("labels named", named), Way("labels named, no system message", named, "")]
+    return tuple(replace(way, shots=shots) for shots in (0, 4, 8) for way in wordings)
+
+
+def read_ways(path: str | Path) -> tuple[Way, ...]:
+    """Return the ways in a file: rows {"user"} with {} for the question, and, as one likes, "name", "system", "shots".
+
+    Raises DataError with file:line for a bad row, or for two of one name.
+    """
+    ways = read_records(resolve(path), formats={"way": Format(("user",), ("name", "system", "shots"), _parse)})
+    twice = next((way.title for i, way in enumerate(ways) if way.title in [other.title for other in ways[:i]]), None)
+    if twice:
+        raise DataError(f"{path}: two ways of asking are called '{twice}'; give each a name of its own")
+    return tuple(ways)
+
+
+def _parse(fields: dict[str, Any], origin: str) -> Way:
+    user = filled(text_field(fields, "user", origin), "a way of asking", "user", origin)
+    if user.count(MARK) != 1:
+        raise RowError(origin, f"{user.count(MARK)} times {MARK} in 'user'", f"write {MARK} once, for the question")
+    try:
+        shots = int(fields.get("shots") or 0)
+    except (TypeError, ValueError):
+        shots = -1
+    if shots < 0 or isinstance(fields.get("shots"), bool | float):
+        raise RowError(origin, "the field 'shots' is no number of examples", "write 0 or more")
+    system = None if fields.get("system") is None else text_field(fields, "system", origin)
+    return Way(text_field(fields, "name", origin, optional=True) or user, user, system, shots)
+
+
+def search_of(
+    prompts: str | None, validation: Sequence[Row], test: Sequence[Row], labels: Sequence[str] = ()
+) -> Search | None:
+    """Return how to ask the base: by the file `prompts`, by `default_ways`, or None as the rows ask.
+
+    Raises ConfigError where several ways, or examples, have no validation rows; DataError where these are too few or
+    some are test rows.
+    """
+    ways = read_ways(prompts) if prompts else default_ways(labels)
+    if not validation:
+        if prompts and (len(ways) > 1 or ways[0].shots):
+            raise ConfigError(f"{prompts} has several ways to ask, or examples; give --validation rows for them")
+        return Search(ways) if prompts else None
+    check_apart(validation, test)
+    most = max(way.shots for way in ways)
+    if len(validation) <= most:
+        found = f"there are {counted(len(validation), 'validation row')} and up to {most} are shown as examples"
+        raise DataError(f"{found}; give more, so that some are left to choose by")
+    plain = any((way.user, way.system, way.shots) == (MARK, None, 0) for way in ways)
+    return Search(ways if plain else (Way("as the rows ask"), *ways), tuple(validation))
+
+
+def check_apart(validation: Sequence[Row], test: Sequence[Row]) -> None:
+    """Raise DataError, naming the first, where rows to choose by ask what test rows ask."""
+    asked = {_key(row): row.origin for row in reversed(test)}
+    both = [row for row in validation if _key(row) in asked]
+    if both:
+        found = f"{both[0].origin} asks what the test row {asked[_key(both[0])]} asks"
+        more = f", and {len(both) - 1:,} more rows do such a thing" if both[1:] else ""
+        raise DataError(f"{found}{more}; take the validation rows from others than the test rows")
+
+
+def choose(
+    search: Search, measure: Callable[[Sequence[Row]], dict[str, Measured]], *, chat: bool,
+    say: Callable[[str], None] = lambda line: None,
+) -> Chosen:  # fmt: skip
+    """Try each way on the validation rows and return the best.
+
+    Args:
+        search: the ways and the rows.
+        measure: asks rows and returns metrics by name, the one that counts first in front; those of which more is
+            neither good nor bad do not count.
+        chat: the tokenizer has a chat template.
+        say: receives a line for each way.
+    """
+    if not search.rows:
+        return Chosen(search.ways[0])
+    shots = examples(search.rows, max(way.shots for way in search.ways))
+    rows = [row for row in search.rows if row not in shots]
+    tried, scores = [], []
+    for way in search.ways:
+        found = measure([reworded(row, way, shots[: way.shots], chat=chat) for row in rows])
+        counting = {name: metric for name, metric in found.items() if metric.better}
+        values = {name: metric.statistics.value for name, metric in counting.items()}
+        scores.append([value * (1 if counting[name].better == "higher" else -1) for name, value in values.items()])
+        tried.append((way.title, values))
+        name, value = next(iter(values.items()))
+        say(f"  {way.title}: {name} {value:.4g}")
+    best = scores.index(max(scores))
+    return Chosen(search.ways[best], tuple(shots), tuple(tried), len(rows))
+
+
+def examples(rows: Sequence[Row], count: int) -> list[Row]:
+    """Return `count` rows to show with their answers: of each answer in turn, so that labels are balanced."""
+    by_answer: dict[str, list[Row]] = {}
+    for row in rows:
+        by_answer.setdefault(question_of(row)[1], []).append(row)
+    turns = max(map(len, by_answer.values()), default=0)
+    return [group[turn] for turn in range(turns) for group in by_answer.values() if turn < len(group)][:count]
+
+
+def question_of(row: Row) -> tuple[Prompt, str]:
+    """Return what a row asks, messages or text, and the right answer to it."""
+    if isinstance(row, LabelledPrompt):
+        return row.prompt, row.label
+    if isinstance(row, Question):
+        return row.prompt, row.choices[row.answer]
+    if row.messages is not None:
+        return row.messages[:-1], row.messages[-1]["content"]
+    return row.prompt, row.completion
+
+
+def reworded(row: Row, way: Way, shots: Sequence[Row] = (), *, chat: bool) -> Row:
+    """Return a row that asks its question in another way, after answered examples; its answer stays.
+
+    `chat`: the tokenizer has a chat template, so that a text question of a multiple choice is a user's message.
+    """
+    prompt = question_of(row)[0]
+    if isinstance(prompt, str) and isinstance(row, Question) and chat:
+        prompt = ({"role": "user", "content": prompt},)
+    asked = _text(prompt, way, shots) if isinstance(prompt, str) else _turns(prompt, way, shots)
+    if isinstance(row, Record):
+        if row.messages is None:
+            return replace(row, prompt=asked)
+        return replace(row, messages=(*asked, row.messages[-1]), prompt=None, completion=None)
+    return replace(row, prompt=asked)
+
+
+def _turns(prompt: Sequence[dict[str, str]], way: Way, shots: Sequence[Row]) -> tuple[dict[str, str], ...]:
+    own = [turn["content"] for turn in prompt[:1] if turn["role"] == "system"]
+    system = own if way.system is None else [way.system] * bool(way.system)
+    turns = [{"role": "system", "content": text} for text in system]
+    for shot in shots:
+        turns.append({"role": "user", "content": way.user.replace(MARK, _last(shot))})
+        turns.append({"role": "assistant", "content": question_of(shot)[1]})
+    turns += prompt[len(own) : -1]
+    return (*turns, {"role": "user", "content": way.user.replace(MARK, prompt[-1]["content"])})
+
+
+def _text(prompt: str, way: Way, shots: Sequence[Row]) -> str:
+    parts = [f"{way.user.replace(MARK, _last(shot).rstrip())} {question_of(shot)[1].strip()}" for shot in shots]
+    return "\n\n".join([*[way.system] * bool(way.system), *parts, way.user.replace(MARK, prompt)])
+
+
+def _last(row: Row) -> str:
+    prompt = question_of(row)[0]
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def _key(row: Row) -> str:
+    """Return what a row asks, by which two are told to be the same, whatever the system message."""
+    prompt = question_of(row)[0]
+    turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt if turn["role"] != "system"]
+    return json.dumps([normalise(turn) for turn in turns])
