@@ -18,6 +18,7 @@ def complete(
     run: Callable[..., dict[str, Any]],
     table: Callable[[Runs, int], str],
     argv: list[str] | None,
+    seeds: int = 3,
     **variants: tuple[str, ...],
 ) -> int:
     """Do what is missing of all seeds and variants, keeping each result as it comes; print the table.
@@ -28,10 +29,11 @@ def complete(
         run: called with (variant, ..., seed, folder); returns a result that names its seed and variants.
         table: makes a text of the results and the number of seeds.
         argv: the command line.
+        seeds: how many, where the command line does not say.
         variants: by the name that results have for them, what each seed is run with.
     """
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=about)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each kind of run")
+    parser.add_argument("--seeds", type=int, default=seeds, help="seeds 0, 1, ... of each kind of run")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / name, help="where the runs go")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / f"{name}.json")
     options = parser.parse_args(argv)
