@@ -29,6 +29,8 @@ def read(config: Any) -> Task:
     if judged is not None and config.judge.model is None:
         origin = judged.record.origin
         raise ConfigError(f"{origin} expects a judge's verdict; name a judge, as --judge.model smollm2-135m-instruct")
+    if judged is None and config.judge.model is not None and not config.judge.asked:
+        raise ConfigError(f"no row of {config.golden} expects a judge's verdict; leave out judge.model")
     asked = Asked.of([row.record for row in rows], config.answers)
     return Task(asked.records, asked.given, tuple(rows))
 
