@@ -72,7 +72,8 @@ def test_a_server_that_fails_for_some_is_gone_on_with(files, capsys):
 @pytest.mark.parametrize(
     "answer, kind",
     [("I like both.", "no line with a verdict"),
-     (Answer("VERDICT: A", finish_reason="length"), "the reply was cut off"), (Answer("VERDICT: A", missing=9), "the endpoint failed"), (Answer(status=503), "the endpoint failed")],
+     (Answer("VERDICT: A", finish_reason="length"), "the reply was cut off"),
+     (Answer("VERDICT: A", missing=9), "the endpoint failed"), (Answer(status=503), "the endpoint failed")],
 )  # fmt: skip
 def test_a_judge_without_a_verdict_decides_nothing(files, answer, kind, capsys):
     with chat_server(lambda request: answer) as server:
