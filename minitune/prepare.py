@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     kind = kind_wanted(config)
     prepared = None if config.output is None else curate(config, tokenizer, kind)
     if prepared is None:
-        found = look(config.files, config, kind=kind, format=config.format, columns=config.columns)
+        found = look(config.files, config, kind=kind, format=config.format, columns=config.columns, tokenizer=tokenizer)
         report, items = inspected(config, tokenizer, kind)
     else:
         found = prepared.findings
@@ -164,8 +164,8 @@ def curate(config: PrepareConfig, tokenizer: Any, kind: "Kind") -> "Prepared":
         return counts
 
     reading = {"kind": kind, "format": config.format, "columns": config.columns}
-    options = {"weights": config.weights, "seed": config.seed, "count_targets": count_targets}
-    prepared = prepare_rows(config.files, config, **reading, **options)
+    options = {"weights": config.weights, "seed": config.seed, "tokenizer": tokenizer}
+    prepared = prepare_rows(config.files, config, **reading, **options, count_targets=count_targets)
     write_folder(folder, prepared, stratify=config.stratify)
     return prepared
 

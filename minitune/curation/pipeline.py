@@ -9,11 +9,12 @@ import contextlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from minitune.curation.cleaning import CleaningOptions, clean
+from minitune.curation.consistency import lint
 from minitune.curation.faults import FAULTS
 from minitune.curation.findings import Finding
 from minitune.curation.golden_rows import GOLDEN, take_golden
@@ -28,6 +29,7 @@ from minitune.errors import ConfigError, DataError
 from minitune.files import file_sha256
 
 TRAIN = "train"
+LISTED = 50  # leaks in the report; leaks.jsonl has all of them
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,20 @@ def prepare_rows(
     columns: dict[str, str] | None = None,
     weights: Sequence[float] | None = None,
     seed: int = 0,
+    tokenizer: Any = None,
     count_targets: Callable[[Sequence[Row]], dict[str, int]],
 ) -> Prepared:
     """Return what is to be written of `files`, to which alone `format`, `columns` and `weights` belong.
 
-    `count_targets` gives the target tokens of rows by their origins; it is called where shares are of tokens.
+    The `tokenizer` measures lengths, which are in characters without one. `count_targets` gives the target tokens of
+    rows by their origins; it is called where shares are of tokens.
     Raises ConfigError and DataError for options that the rows do not allow; `read_records` lists those for files.
     """
     done = Prepared()
     task = _read(done, files, TRAINING, options, format=format, columns=columns, kind=kind)
     others = {role: _read(done, options.files_of(role), role, options, kind=kind) for role in options.shares}
     _refuse_twice(done)
-    task, *rest = _clean(done, [task, *others.values()], options.clean, kind)
+    task, *rest = _clean(done, [task, *others.values()], options.clean, kind, tokenizer)
     others = dict(zip(others, rest, strict=True))
     sets = _evaluation_sets(done, options)
     golden: list[Row] = []
@@ -91,21 +95,30 @@ def prepare_rows(
     _part_leaks(done, others, sets, options)
     if options.stratify is not None:
         done.facts["labels"] = label_table(done.splits, options.stratify)
-    _mix(done, files, others, weights, options, seed, count_targets)
     done.facts["splits"] = {name: len(rows) for name, rows in done.splits.items()}
+    _mix(done, files, others, weights, options, seed, count_targets)
+    done.splits = {name: joined(rows) for name, rows in done.splits.items()}
+    done.facts["lines"] = {name: len(rows) for name, rows in done.splits.items()}
+    done.facts["first_leaks"] = [asdict(leak) for leak in done.leaks[:LISTED]]
     done.facts["removed"] = dict(Counter(one.reason.partition(": ")[0] for one in done.removed))
     return done
 
 
 def look(
-    files: Sequence[str], options: CurationOptions, *, kind: Kind, format: FormatName, columns: dict[str, str] | None
+    files: Sequence[str],
+    options: CurationOptions,
+    *,
+    kind: Kind,
+    format: FormatName,
+    columns: dict[str, str] | None,
+    tokenizer: Any = None,
 ) -> list[Finding]:
     """Return what is found in files of which nothing is to be written; what cannot be read is not looked at."""
     done = Prepared()
     for path in files:
         with contextlib.suppress(DataError):  # training's own words on it are shown by `data.lint`
             done.splits[path] = read_source(path, TRAINING, format=format, columns=columns, kind=kind)[0]
-    _clean(done, list(done.splits.values()), options.clean, kind)
+    _clean(done, list(done.splits.values()), options.clean, kind, tokenizer)
     return done.findings
 
 
@@ -139,8 +152,10 @@ def _refuse_twice(done: Prepared) -> None:
         seen[source["sha256"]] = source["path"]
 
 
-def _clean(done: Prepared, parts: list[list[Row]], options: CleaningOptions, kind: Kind) -> list[list[Row]]:
-    """Return the rows that cleaning keeps, changed as it says; the findings are on all of them."""
+def _clean(
+    done: Prepared, parts: list[list[Row]], options: CleaningOptions, kind: Kind, tokenizer: Any
+) -> list[list[Row]]:
+    """Return the rows that cleaning keeps, changed as it says; what is inconsistent is looked for in those."""
     rows = {row.origin: row for part in parts for row in part}
     cleaned = clean([row.record for row in rows.values()], options)
     done.findings += cleaned.findings
@@ -155,7 +170,9 @@ def _clean(done: Prepared, parts: list[list[Row]], options: CleaningOptions, kin
                 done.leave_out([(rows[record.origin], f"{what}: then {error.problem}")], "clean")
                 gone.add(record.origin)
     done.facts["changed"] = dict(Counter(what for _, what in cleaned.changed))
-    return [[rows[row.origin] for row in part if row.origin not in gone] for part in parts]
+    kept = [[rows[row.origin] for row in part if row.origin not in gone] for part in parts]
+    done.findings += lint([row.record for part in kept for row in part], tokenizer)
+    return kept
 
 
 def _evaluation_sets(done: Prepared, options: CurationOptions) -> list[tuple[str, list]]:
@@ -212,7 +229,7 @@ def _mix(
     seed: int,
     count_targets: Callable[[Sequence[Row]], dict[str, int]],
 ) -> None:
-    """Draw the training rows and note what was drawn of each source; then join what is left of text files."""
+    """Draw the training rows, and note what was drawn of each source."""
     rows = {str(data_path(path)): [] for path in files}
     for row in done.splits[TRAIN]:
         rows[row.origin.rpartition(":")[0]].append(row)
@@ -229,7 +246,6 @@ def _mix(
         options.shortage,
     )
     done.splits[TRAIN] = [row for portion in portions for row in portion.rows]
-    done.splits = {name: joined(rows) for name, rows in done.splits.items()}
     done.facts["mixture"] = [
         {
             "role": p.role,

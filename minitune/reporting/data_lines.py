@@ -117,5 +117,8 @@ def prepared_lines(facts: Mapping[str, Any]) -> list[str]:
             for part in facts["mixture"]
         ]
     total = sum(facts["splits"].values())
-    lines += [f"{name:15}{counted(rows, 'row')} ({rows / total:.1%})" for name, rows in facts["splits"].items()]
+    for name, rows in facts["splits"].items():
+        written = facts["lines"][name]
+        note = f", {counted(written, 'line')} of {name}.jsonl" if written != rows else ""
+        lines.append(f"{name:15}{counted(rows, 'row')} ({rows / total:.1%}){note}")
     return lines

@@ -7,8 +7,8 @@ from minitune.errors import counted
 from minitune.reporting.data_lines import option_of
 from minitune.reporting.page import folded, heading, histogram, page, preformatted, prose, table
 
-LISTED = 50  # leaks and findings' rows on the page; the files have all of them
 LABELS = 20
+_STYLE = "td { overflow-wrap: break-word; }"
 
 
 def data_page(content: Mapping[str, Any]) -> str:
@@ -16,7 +16,7 @@ def data_page(content: Mapping[str, Any]) -> str:
     facts = content["prepared"]
     parts = [prose(facts["verdict"]), preformatted(facts["next"]) if facts["next"] else "", *_problems(content)]
     parts += [heading("What was read"), table(("file", "used for", "rows", "malformed", "sha256"), (
-        (s["path"], s["role"], s["rows"], s["malformed"], s["sha256"][:16]) for s in facts["sources"]))]  # fmt: skip
+        (s["path"], s["role"], s["rows"], s["malformed"], s["sha256"][:12]) for s in facts["sources"]))]  # fmt: skip
     parts += _splits(facts) + _lengths(content) + _findings(content["findings"]) + _left_out(facts) + _leaks(facts)
     if len(facts["mixture"]) > 1:
         parts += [heading("Mixture of the training rows"), prose(f"Shares are of {facts['share_of']}.")]
@@ -25,7 +25,7 @@ def data_page(content: Mapping[str, Any]) -> str:
         parts.append(table(head, rows))
     options = ((name, "" if value is None else str(value)) for name, value in facts["options"].items())
     parts += [heading("Options"), folded("all options of this run", table(("option", "value"), options))]
-    return page(f"Data in {facts['output']}", [part for part in parts if part])
+    return page(f"Data in {facts['output']}", [part for part in parts if part], style=_STYLE)
 
 
 def _problems(content: Mapping[str, Any]) -> list[str]:
@@ -37,10 +37,13 @@ def _splits(facts: Mapping[str, Any]) -> list[str]:
     """Return the sizes, and each label's rows by split."""
     total = sum(facts["splits"].values())
     bars = [(name, name, rows) for name, rows in facts["splits"].items()]
-    rows = ((name, f"{name}.jsonl", count, f"{count / total:.1%}") for name, count in facts["splits"].items())
+    rows = (
+        (name, count, f"{count / total:.1%}", f"{name}.jsonl", facts["lines"][name])
+        for name, count in facts["splits"].items()
+    )
     parts = [
         heading("Splits"),
-        table(("split", "file", "rows", "share"), rows),
+        table(("split", "rows", "share", "file", "lines written"), rows),
         histogram("Rows by split", bars, "rows"),
     ]
     labels = facts.get("labels", [])
@@ -75,13 +78,15 @@ def _lengths(content: Mapping[str, Any]) -> list[str]:
 def _findings(findings: list[dict[str, Any]]) -> list[str]:
     if not findings:
         return [heading("What was found"), prose("No check found anything in these rows.")]
-    rows = (
-        (f["level"], f["kind"], f["count"], f["message"], f["remedy"] + option_of(f), ", ".join(f["rows"]))
-        for f in findings
-    )
-    bars = [(f["kind"], f["kind"], f["count"]) for f in findings]
-    head = ("level", "kind", "rows", "what was found", "what to do", "first rows")
-    return [heading("What was found"), histogram("Rows by finding", bars, "rows"), table(head, rows)]
+    bars = [(one["kind"], one["kind"], one["count"]) for one in findings]
+    parts = [heading("What was found"), histogram("Rows by finding", bars, "rows")]
+    for one in findings:
+        parts += [
+            heading(f"{one['level']}: {one['kind'].replace('_', ' ')}, {counted(one['count'], 'row')}", 3),
+            prose(f"Found: {one['message']}.\n\nTo do: {one['remedy']}{option_of(one)}."),
+            folded("first rows", prose(", ".join(one["rows"]))),
+        ]
+    return parts
 
 
 def _left_out(facts: Mapping[str, Any]) -> list[str]:
@@ -108,6 +113,6 @@ def _leaks(facts: Mapping[str, Any]) -> list[str]:
     }[facts["options"]["leaks"]]
     rows = ((leak["kind"], leak["split"], leak["held_split"], leak["rows"]) for leak in facts["leaks"])
     parts += [table(("kind", "rows of", "stand in", "rows"), rows), prose(done)]
-    first = ((k["kind"], k["row"], k["held_row"], k["share"], k["passage"]) for k in facts["first_leaks"][:LISTED])
+    first = ((k["kind"], k["row"], k["held_row"], k["share"], k["passage"]) for k in facts["first_leaks"])
     listed = table(("kind", "row", "held-out row", "share", "passage"), first)
-    return [*parts, folded(f"the first {len(facts['first_leaks'][:LISTED])}; leaks.jsonl has all", listed)]
+    return [*parts, folded(f"the first {len(facts['first_leaks'])}; leaks.jsonl has all", listed)]
