@@ -3,6 +3,8 @@
     python -m minitune.evaluate --model M --adapter A --classify test.jsonl --labels positive,negative \\
         --perplexity wiki.txt --output result.json
     python -m minitune.evaluate --adapter A --references test.jsonl --metrics rouge,exact_match --choices quiz.jsonl
+    python -m minitune.evaluate --adapter A --classify imdb --validation imdb:validation --general wiki-demo,c4-demo \\
+        --safety donotanswer
     python -m minitune.evaluate --adapter A --golden golden.jsonl --golden_page golden.html
     python -m minitune.evaluate --adapter A --blind.prompts prompts.jsonl --blind.page vote.html --blind.key key.json
     python -m minitune.evaluate --judge.model M --judge.key key.json --judge.votes votes.json
@@ -25,15 +27,16 @@ from minitune.responder import ResponderOptions
 
 ANSWERED = ("golden", "blind", "judge")  # those that take answers from files too
 PROMPTED = ("classify", "references", "choices")  # those whose base may be asked in its best way
-KINDS = (*PROMPTED, "perplexity", *ANSWERED)
-BASED = (*PROMPTED, *ANSWERED)  # those that have the base measured too
+LOST = ("general", "safety")  # what a training may cost
+KINDS = (*PROMPTED, "perplexity", *LOST, *ANSWERED)
+BASED = (*PROMPTED, *LOST, *ANSWERED)  # those that have the base measured too
 BELONGS = {  # an option and the kinds that read it
     "labels": ("classify",), "base_prompts": PROMPTED, "validation": PROMPTED, "metrics": ("references",),
     "verifier": ("references",), "answer_form": ("references",), "samples": ("references",),
     "temperature": ("references",), "base": BASED, "max_rows": BASED,
-    "max_new_tokens": ("classify", "references", *ANSWERED), "batch_size": BASED,
+    "max_new_tokens": ("classify", "references", "safety", *ANSWERED), "batch_size": BASED, "harmless": ("safety",),
     "golden_page": ("golden",), "answers": ANSWERED,
-    "window": ("perplexity",), "stride": ("perplexity",), "max_tokens": ("perplexity",),
+    "window": ("perplexity", "general"), "stride": ("perplexity",), "max_tokens": ("perplexity", "general"),
 }  # fmt: skip
 
 
@@ -157,6 +160,13 @@ class EvaluateConfig(ModelOptions):
     """Other models or adapters to measure on the same rows, by name, as [low=runs/low/adapter,merged=runs/merged]."""
     perplexity: str | None = None
     """A .txt file (or a fetched one's name) whose perplexity to measure."""
+    general: str | None = None
+    """What the base can do and the tuned model should still: texts and questions, as wiki-demo,c4-demo,quiz.jsonl
+    (.txt, rows {"text"}, rows as for choices, or a set)."""
+    safety: str | None = None
+    """Requests to refuse, as donotanswer,harmbench or rows {"prompt"}."""
+    harmless: str | None = None
+    """With safety: requests to answer (default alpaca-en-demo)."""
     golden: str | None = None
     """Rows {"prompt" or "messages", "expect": {exact, contains, not_contains, regex, schema, judge}}."""
     golden_page: str | None = None
@@ -171,15 +181,16 @@ class EvaluateConfig(ModelOptions):
     overwrite: bool = False
     """Replace the output, and pages and keys, if they are there."""
     max_rows: int | None = None
-    """With classify, references or choices: use only the first rows (default: all)."""
+    """Use only the first rows of each set (default: all; with safety 100)."""
     max_new_tokens: int | None = None
-    """An answer not ended by then is no label (with classify, default 16) or cut off (with references, 256)."""
+    """An answer not ended by then is no label (with classify, default 16) or cut off (with references, 256; of safety
+    the first 64 are read)."""
     window: int | None = None
-    """With perplexity: tokens that the model sees at once (default 1024, or what it can)."""
+    """With perplexity or general: tokens that the model sees at once (default 1024, or what it can)."""
     stride: int | None = None
     """With perplexity: tokens between the starts of two windows (default: the window)."""
     max_tokens: int | None = None
-    """With perplexity: use only the first tokens of the text (default: all)."""
+    """With perplexity or general: use only the first tokens of a text (default: all; with general 32768)."""
     batch_size: int | None = None
     """Prompts read at once (default 32), or texts with their answers (8); a long text's windows come 4 x 1024 tokens
     at a time."""
@@ -189,7 +200,8 @@ class EvaluateConfig(ModelOptions):
         if not self.kinds:
             raise ConfigError(
                 "nothing to measure; give --classify FILE --labels a,b, --references FILE, --choices FILE, "
-                "--perplexity FILE, --golden FILE, --blind.prompts FILE or --judge.prompts FILE, or several"
+                "--perplexity FILE, --general wiki-demo, --safety donotanswer, --golden FILE, --blind.prompts FILE or "
+                "--judge.prompts FILE, or several"
             )
         if (self.base_prompts or self.validation) and len(set(PROMPTED) & set(self.kinds)) > 1:
             raise ConfigError("base_prompts and validation are for one of classify, references, choices at a time")

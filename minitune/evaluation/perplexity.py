@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,18 +96,28 @@ def perplexity(
     return replace(found, bits_per_byte=bits * found.loss, bits_per_byte_interval=edges)
 
 
-@torch.inference_mode()
 def score_ids(
+    model: Transformer, ids: list[int], *, window: int, stride: int | None = None, **options: Any
+) -> Perplexity:
+    """Score token ids; arguments and errors as in `perplexity`."""
+    stride = window if stride is None else stride
+    losses, tokens = window_losses(model, ids, window=window, stride=stride, **options)
+    loss = sum(losses) / sum(tokens)
+    edges = interval(ratio_of(losses, tokens)) if len(losses) >= FEWEST else None
+    return Perplexity(_exp(loss), loss, sum(tokens), window, stride, edges and (_exp(edges[0]), _exp(edges[1])))
+
+
+@torch.inference_mode()
+def window_losses(
     model: Transformer,
     ids: list[int],
     *,
     window: int,
-    stride: int | None = None,
+    stride: int,
     batch_size: int = 4,
     on_batch: Callable[[int], None] | None = None,
-) -> Perplexity:
-    """Score token ids; arguments and errors as in `perplexity`."""
-    stride = window if stride is None else stride
+) -> tuple[list[float], list[int]]:
+    """Return the summed loss in nats and the number of scored tokens of each window; arguments as in `perplexity`."""
     if not 2 <= window <= model.config.longest:
         raise ConfigError(f"window is {window}; it must be 2 to the model's {model.config.longest} positions")
     if not 1 <= stride <= window:
@@ -128,9 +139,7 @@ def score_ids(
                 on_batch(sum(count for _, count in scored))
     finally:
         model.train(was_training)
-    loss = sum(losses) / sum(tokens)
-    edges = interval(ratio_of(losses, tokens)) if len(losses) >= FEWEST else None
-    return Perplexity(_exp(loss), loss, sum(tokens), window, stride, edges and (_exp(edges[0]), _exp(edges[1])))
+    return losses, tokens
 
 
 def _exp(loss: float) -> float:

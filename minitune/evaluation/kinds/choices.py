@@ -4,20 +4,18 @@ from functools import partial
 from typing import Any
 
 from minitune.evaluation import scores
-from minitune.evaluation.choices import read_choices, score_choices
+from minitune.evaluation.choices import score_choices
 from minitune.evaluation.kinds import progress
 from minitune.evaluation.kinds.prompted import Prompted, measure_best, prompt_lines, prompted
 from minitune.evaluation.kinds.references import report  # noqa: F401 - the same for both
-from minitune.sources import resolve
+from minitune.evaluation.sets import questions_of
 
 KEY = "choices"
 
 
 def read(config: Any) -> Prompted:
-    """Return the questions; errors as `read_choices` and `prompted`."""
-    return prompted(
-        config.choices, read_choices(resolve(config.choices)), config, lambda path: read_choices(resolve(path))
-    )
+    """Return the questions; errors as `questions_of` and `prompted`."""
+    return prompted(config.choices, questions_of(config.choices), config, questions_of)
 
 
 def measure(model: Any, tokenizer: Any, task: Prompted, config: Any) -> tuple[dict, dict]:
