@@ -21,6 +21,7 @@ FAMILIES = "04_families"
 FILES = "05_files"
 NF4, MATMUL, MEMORY = "06_nf4", "07_triton_matmul", "08_qlora_memory"
 DPO, FRONTIER = "09_dpo", "10_preference_frontier"
+EVALUATION = "12_evaluation"
 PICTURES = {
     FORWARD: "attention.png", LORA: "singular_values.png", STEP: "loss_mask.png", FAMILIES: "families.png",
     FILES: "row_order.png", NF4: "nf4.png", MEMORY: "memory.png", DPO: "dpo_weight.png",
@@ -60,6 +61,14 @@ PROMISED = {
         "agree: first loss of ipo",
         "dpo above sft",
         "dpo 0.03 step 16: reward 0.62, KL 9.55",
+    ),
+    EVALUATION: (
+        "accuracy prefers the parrot",
+        "the lie scores 0.963, the truth 0.000",
+        "the fact reads worst",
+        "p = 0.0625",
+        "follow the place: 100%, win rate of the right answers: 50%",
+        "no verdict: text after the verdict",
     ),
 }
 NEEDS = {  # Triton is made for Linux only, vaderSentiment is the tests' own
@@ -148,6 +157,18 @@ BUGS = {
         FRONTIER,
         "import contextlib, minitune.model.lora as m; m.adapter_disabled = lambda model: contextlib.nullcontext()",
         "== 6.",
+    ),
+    "ROUGE forgets recall": (
+        EVALUATION,
+        "import minitune.evaluation.rouge as m; right = m._score\n"
+        "m._score = lambda matches, ours, theirs: right(matches, ours, ours)",
+        "== 3.",
+    ),
+    "a verdict in one order is enough": (
+        EVALUATION,
+        "import minitune.evaluation.judging as m\n"
+        "m.outcome = lambda both: {'A': 'tuned', 'B': 'base'}.get(both and both[0], 'tie')",
+        "judged",
     ),
 }
 
