@@ -116,7 +116,7 @@ def test_rows_are_compared_without_their_system_prompt_and_by_question_too(tmp_p
 def test_evaluation_sets_of_any_shape_are_read(tmp_path):
     path = tmp_path / "set.jsonl"
     rows = [{"question": "What is the  Answer?", "choices": ["yes", "no"], "label": 1},
-            {"turns": [{"role": "system", "content": "nice to all"}, {"role": "user", "content": "A b C"}]}]  # fmt: skip
+            {"turns": [{"role": "system", "content": "be nice"}, {"role": "user", "content": "A b C"}]}]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
     one, two = probes_of_set(str(path))
     assert one.keys == {"what is the answer?", "what is the answer? yes no"}
