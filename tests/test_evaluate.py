@@ -231,3 +231,79 @@ def test_several_models_are_measured_on_the_same_rows(tiny, adapter, questions, 
     alone = json.loads(output.read_text())
     assert {**tuned["references"]} == alone["references"]
     assert "\ntuned:\nmodel  " in capsys.readouterr().out
+
+
+def test_the_base_is_asked_in_its_best_way(tiny, adapter, reviews, tmp_path, capsys):
+    rows = [{"prompt": f"film {n} was", "completion": ("positive", "negative")[n % 2]} for n in range(14)]
+    (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ways = [{"user": "Is this good? {}", "name": "asked"}, {"user": "{}", "shots": 2, "name": "shown"}]
+    (tmp_path / "ways.jsonl").write_text("\n".join(map(json.dumps, ways)))
+    output = tmp_path / "out.json"
+    run(tiny, "--adapter", adapter, "--classify", reviews, "--labels", "positive,negative", "--max_new_tokens", 2,
+        "--base_prompts", tmp_path / "ways.jsonl", "--validation", tmp_path / "validation.jsonl",
+        "--output", output)  # fmt: skip
+    found = json.loads(output.read_text())["classification"]
+    asked = found["base_answers"]["prompt"]
+    assert list(asked["tried"]) == ["as the rows ask, 0 examples", "asked, 0 examples", "shown, 2 examples"]
+    assert asked["validation_rows"] == 12 and asked["name"] == "as the rows ask, 0 examples"  # all are wrong: the first
+    assert "prompt" not in found and found["data"]["sha256"]
+    printed = capsys.readouterr().out
+    assert "base asked  as the rows ask, 0 examples (best of 3 ways on 12 validation rows: accuracy 0)" in printed
+    (tmp_path / "one.jsonl").write_text(json.dumps(ways[0]))
+    run(tiny, "--classify", reviews, "--labels", "positive,negative", "--max_new_tokens", 2,
+        "--base_prompts", tmp_path / "one.jsonl")  # fmt: skip
+    assert "base asked  asked, 0 examples (as given)" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"test.jsonl:1 asks what the test row .*test.jsonl:1 asks, and 2 more"):
+        run(tiny, "--classify", reviews, "--labels", "positive,negative", "--validation", reviews)
+
+
+def test_what_a_training_cost_is_measured_on_the_base_too(tiny, adapter, tmp_path, capsys):
+    (tmp_path / "wiki.txt").write_text(TEXT * 8)
+    quiz = [{"prompt": f"{n}?", "choices": ["yes", "no"], "answer": n % 2} for n in range(12)]
+    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, quiz)))
+    (tmp_path / "bad.txt").write_text("How to rob?\nHow to lie?")
+    (tmp_path / "good.txt").write_text("How to bake?\nHow to sing?")
+    output = tmp_path / "out.json"
+    run(tiny, "--adapter", adapter, "--general", f"{tmp_path}/wiki.txt,{tmp_path}/quiz.jsonl", "--window", 32,
+        "--safety", tmp_path / "bad.txt", "--harmless", tmp_path / "good.txt", "--max_new_tokens", 4,
+        "--output", output)  # fmt: skip
+    result = json.loads(output.read_text())
+    text, questions = result["forgetting"]["sets"].values()
+    assert text["difference"] == pytest.approx(text["value"] / text["base"] - 1)
+    assert (text["tokens"], questions["questions"]) == (len(TEXT) * 8 - 1, 12)
+    assert result["forgetting"]["verdict"] in ("kept", "undecided", "slightly forgotten", "forgotten")
+    assert result["safety"]["comparison"]["harmful"]["verdict"] == "undecided"  # two requests say nothing
+    printed = capsys.readouterr().out
+    assert "forgetting  verdict: " in printed and "safety      harmful refused: +0.0 points" in printed
+    run(tiny, "--general", tmp_path / "wiki.txt", "--window", 32, "--output", output, "--overwrite")
+    alone = json.loads(output.read_text())["forgetting"]
+    assert alone["verdict"] is None
+    assert next(iter(alone["sets"].values()))["value"] == pytest.approx(text["base"])
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (("--general", "x.jsonl"), "general data are a .txt file"),
+        (("--general", "nothing.txt"), "nothing.txt: no such file"),
+        (("--safety", "x.jsonl", "--harmless", "empty.jsonl"), "the file is empty"),
+        (("--safety", "text.jsonl"), "a text without a question"),
+        (("--general", "x.jsonl", "--harmless", "x.jsonl"), "harmless is set without safety"),
+        (("--general", "x.jsonl", "--validation", "x.jsonl"), "validation is set without classify or references"),
+        (("--classify", "x.jsonl", "--labels", "b,c", "--choices", "q.jsonl", "--validation", "x.jsonl"), "at a time"),
+        (("--classify", "x.jsonl", "--labels", "b,c", "--base_prompts", "x.jsonl"), "or give other rows .way: user"),
+        (("--references", "x.jsonl", "--verifier", "nowhere"), "write it as package.module:function"),
+        (("--references", "x.jsonl", "--metrics", "verified"), "need a verifier"),
+        (("--references", "imdb:tset"), "did you mean 'test'"),
+        (("--choices", "q.jsonl", "--verifier", "a:b"), "verifier is set without references"),
+        (("--safety", "x.jsonl", "--window", "8"), "window is set without perplexity or general"),
+    ],
+)
+def test_data_that_say_nothing_of_a_model_are_refused(tiny, tmp_path, monkeypatch, options, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}')
+    with pytest.raises((ConfigError, DataError, CheckpointError), match=line):
+        evaluate.main(["--model", "no_model_is_loaded", *options])

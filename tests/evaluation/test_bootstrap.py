@@ -87,6 +87,20 @@ def test_right_and_wrong_are_judged_by_mcnemar(tuned, base, verdict):
     assert (found.gained, found.lost) == (max(0, sum(tuned) - sum(base)), max(0, sum(base) - sum(tuned)))
 
 
+def test_the_interval_of_right_and_wrong_holds_the_true_difference_and_is_wide_of_few_rows():
+    found = compare_right([True] * 98, [True] * 98)
+    assert found.interval == pytest.approx((-0.0196, 0.0196), abs=1e-5)  # 1.96 sqrt(1/2 + 1/2) / 100
+    assert compare_right([True] * 2, [True] * 2).interval == pytest.approx((-0.49, 0.49), abs=1e-3)
+    draw, held, (gains, losses) = random.Random(0), 0, (0.15, 0.05)
+    for _ in range(2000):
+        seen = [draw.random() for _ in range(60)]
+        ours = [one < gains or one > 0.5 for one in seen]
+        theirs = [gains <= one < gains + losses or one > 0.5 for one in seen]
+        low, high = compare_right(ours, theirs).interval
+        held += low <= gains - losses <= high
+    assert 0.94 <= held / 2000 <= 0.97  # 0.95 and three times the spread of 2,000 draws
+
+
 def test_the_verdict_knows_what_is_better_and_when_rows_are_too_few():
     more, less = mean_of([2.0 + value for value in values(30)]), mean_of(values(30, 1))
     assert compare(more, less).verdict == "wins"
