@@ -13,7 +13,8 @@
 
 All that a row expects must hold. Upper and lower case differ. An answer that was cut off can only contain: more would
 have followed, so nothing else is known of it, and it does not hold; nor does an empty one. Where a judge gives no
-verdict the row is not passed, and counted apart. Partial credit was rejected: a golden set is a contract.
+verdict the row is not passed, and counted apart. Patterns are searched in a process that is ended after some seconds
+(those inside a schema are not). Partial credit was rejected: a golden set is a contract.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from minitune.evaluation.verdicts import Missing, pass_question, read_verdict
 
 EXPECTATIONS = ("exact", "contains", "not_contains", "regex", "schema", "judge")
 _FIELDS = ("id", "tags", "expect", "prompt", "messages", "system")
-CUT_OFF = "cut off"
+CUT_OFF = "was cut off"
 Judge = Callable[[list[Conversation]], list[Reply | Missing]]
 
 

@@ -144,21 +144,21 @@ def _wrapped(text: str, width: int) -> list[str]:
     return found if len(found) <= 6 else [*found[:5], f"... {len(found) - 5} more lines"]
 
 
-def page_of(found: dict[str, Any]) -> str:
-    """Return a self-contained page of a report: the shares, then every row."""
+def page_of(found: dict[str, Any], names: dict[str, str]) -> str:
+    """Return a self-contained page of a report: the models' `names` by side, the shares, then every row."""
     sides = [side for side in ("base", "tuned") if side in found]
     shares = [
         [tag, *(value for side in sides for value in _cells(found[side] if tag == "all" else found[side]["tags"][tag]))]
         for tag in ("all", *found["tuned"]["tags"])
     ]
     head = ["rows", *(cell for side in sides for cell in (f"{side}: pass", "of", "share", "95% interval"))]
-    parts = [table(head, shares)]
+    parts = [table(["model", "name"], [[side, names[side]] for side in sides]), table(head, shares)]
     if "changes" in found:
         parts += [prose(comparison_text(found["comparison"])), table(list(CHANGES), [list(found["changes"].values())])]
     groups = CHANGES if "changes" in found else ("FAIL", "pass")
     for group in groups:
         rows = [one for one in found["answers"] if one.get("change", _why(one["tuned"])[:4]) == group]
-        parts += [heading(f"{group}: {len(rows)}"), *(_row(one, sides) for one in rows)]
+        parts += [heading(f"{group}: {len(rows)}")] * bool(rows) + [_row(one, sides) for one in rows]
     return page("Golden set" + ": tuned against base" * (len(sides) > 1), parts, style=_STYLE)
 
 

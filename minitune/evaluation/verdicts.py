@@ -28,7 +28,7 @@ from minitune.strict_json import loads
 
 _VERDICT = re.compile(r"VERDICT: ([A-Z]+)")
 _SCORE = re.compile(r"SCORE ([\w -]+): (\d{1,3})")
-DOWN = 3  # requests that fail in a row
+DOWN, DOWN_KIND = 3, "the endpoint failed"  # requests that fail in a row, and what each is counted as
 _FIELDS, _OPENING = {"request": str, "text": str, "finished": bool}, '{"request": '  # of a line of a journal
 
 
@@ -150,7 +150,7 @@ def ask_all(
                 if isinstance(reply, Reply):
                     write({"request": key, "text": reply.text, "finished": reply.finished})
                     failed.clear()
-                else:
+                elif reply.kind == DOWN_KIND:
                     failed.append(reply)
             replies |= answered
             if on_batch:
@@ -173,9 +173,10 @@ def _ask(responder: Responder, batch: dict[str, Conversation]) -> dict[str, Repl
     """Return the replies to a batch; those of a batch that fails are asked for one by one."""
     try:
         return dict(zip(batch, responder(list(batch.values())), strict=True))
-    except EndpointError as error:
+    except (EndpointError, DataError) as error:
+        kind = DOWN_KIND if isinstance(error, EndpointError) else "too long for the judge"
         if len(batch) == 1:
-            return dict.fromkeys(batch, Missing("the endpoint failed", str(error)))
+            return dict.fromkeys(batch, Missing(kind, str(error)))
     found: dict[str, Reply | Missing] = {}
     for key, conversation in batch.items():
         found |= _ask(responder, {key: conversation})

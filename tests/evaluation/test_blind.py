@@ -199,6 +199,10 @@ def test_what_is_there_is_not_overwritten(files):
     with pytest.raises(ConfigError, match="key.json is there already"):
         make(files, "--blind.page", files / "other.html")
     assert (files / "key.json").read_text() == before
+    with pytest.raises(
+        ConfigError, match="vote.html is there already; name another file, replace it with --overwrite$"
+    ):
+        run("--blind.key", files / "key.json", "--blind.page", files / "vote.html")
     make(files, "--blind.page", files / "vote.html", "--blind.seed", 5, "--overwrite")
     assert (files / "key.json").read_text() != before
 

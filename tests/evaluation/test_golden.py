@@ -179,11 +179,13 @@ def test_a_swapped_change_is_caught(two, tmp_path):
 
 
 def test_the_page_holds_every_row_and_escapes_it(two):
-    page = golden_diff.page_of(golden_diff.report(*two))
+    names = {"tuned": "mine", "base": "theirs"}
+    page = golden_diff.page_of(golden_diff.report(*two), names)
+    assert "mine" in page and "theirs" in page
     assert "x &lt;b&gt;" in page and "<b>" not in page and "http" not in page.split("<body>")[1]
     assert page.index("broken: 1") < page.index("fixed: 1") < page.index("same-fail: 1") < page.index("same-pass: 1")
     assert all(f"{name}?" in page for name in ("b1", "f1", "s1", "s2"))
-    alone = golden_diff.page_of(golden_diff.report(*two[:2]))
+    alone = golden_diff.page_of(golden_diff.report(*two[:2]), names)
     assert "FAIL: 2" in alone and "pass: 2" in alone
 
 

@@ -116,6 +116,18 @@ def test_an_endpoint_that_is_down_is_not_asked_on():
     assert missing_counts(found) == {"the endpoint failed": 6, "not asked, as the endpoint failed before": 1}
 
 
+def test_a_question_too_long_for_the_judge_costs_itself_alone():
+    class Small(Judge):
+        def __call__(self, conversations):
+            if any(one[-1]["content"][-1] in "1234" for one in conversations):
+                raise DataError("prompt 1 has 9,999 tokens")
+            return super().__call__(conversations)
+
+    found = ask_all(Small(), questions(6), at_once=6)
+    assert missing_counts(found) == {"too long for the judge": 4} and "9,999" in found[1].details
+    assert [found[0].text, found[5].text] == ["0", "5"]  # and nothing is taken to be down
+
+
 def test_a_question_that_comes_twice_is_asked_once():
     judge = Judge()
     found = ask_all(judge, questions(2) * 2)

@@ -32,15 +32,15 @@ class Task(Asked):
 def read(config: Any) -> Task:
     """Return the prompts or the key, the votes read once to find what is wrong with them."""
     options = config.blind
+    for path in (options.page, *((options.key, options.votes) if options.prompts else ())):
+        if path is not None and Path(path).exists() and not config.overwrite:
+            going_on = ", or leave out blind.prompts to go on with the comparison that is there" * bool(options.prompts)
+            raise ConfigError(f"{path} is there already; name another file, replace it with --overwrite{going_on}")
     if options.prompts is None:
         key = blind.read_key(options.key)
         if options.votes is not None and (not options.terminal or Path(options.votes).exists()):
             blind.votes_of(options.votes, key)
         return Task((), key=key)
-    for path in (options.key, options.page, options.votes):
-        if path is not None and Path(path).exists() and not config.overwrite:
-            again = ", or leave out blind.prompts to go on with the comparison that is there"
-            raise ConfigError(f"{path} is there already; name another file, replace it with --overwrite{again}")
     asked = Asked.of(read_prompts(resolve(options.prompts))[: config.max_rows], config.answers)
     judge.check_two(config, asked, "blind")
     return Task(asked.records, asked.given)
@@ -50,10 +50,8 @@ def report(task: Task, found: list | None, base: list | None, config: Any) -> di
     """Write key and page, ask in the terminal, count the votes; as asked for."""
     options, key = config.blind, task.key
     if key is None:
-        names = (
-            [config.answers[0], config.answers[1]] if task.given else [judge.model_name(config), config.reference.model]
-        )
-        key = blind.make_key(duels(task.records, *task.both(found, base)), *names, seed=options.seed or 0)
+        pairs = duels(task.records, *task.both(found, base))
+        key = blind.make_key(pairs, **judge.model_names(config), seed=options.seed or 0)
         blind.write_key(options.key, key)
         if options.votes is not None:
             Path(options.votes).unlink(missing_ok=True)  # of another comparison, to be replaced

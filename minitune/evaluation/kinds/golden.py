@@ -8,7 +8,7 @@ from minitune.errors import ConfigError
 from minitune.evaluation import golden, golden_diff
 from minitune.evaluation.answers import Asked, model_answers
 from minitune.evaluation.kinds import progress
-from minitune.evaluation.kinds.judge import asker, problem_of
+from minitune.evaluation.kinds.judge import asker, model_names, problem_of
 from minitune.files import atomic_file
 from minitune.sources import resolve
 
@@ -51,7 +51,7 @@ def report(task: Task, found: list | None, base: list | None, config: Any) -> di
     judged, without = (sum(side[count] for side in both) for count in ("judged", "no_verdict"))
     if config.golden_page is not None:
         with atomic_file(config.golden_page) as path:
-            path.write_text(golden_diff.page_of(made), encoding="utf-8")
+            path.write_text(golden_diff.page_of(made, model_names(config)), encoding="utf-8")
     return made | problem_of(without, judged, config.judge.max_missing)
 
 

@@ -153,9 +153,13 @@ def check_two(config: Any, asked: Asked, what: str) -> None:
         raise ConfigError(f"{what} compares two models, and there is one; {remedy}")
 
 
-def model_name(config: Any) -> str:
-    """Return the tuned model's name."""
-    return config.model if config.adapter is None else f"{config.model} + {config.adapter}"
+def model_names(config: Any) -> dict[str, str]:
+    """Return what answers, by side: models, or the files that are given instead."""
+    if config.answers is not None:
+        files = (config.answers,) if isinstance(config.answers, str) else config.answers
+        return dict(zip(("tuned", "base"), files, strict=False))
+    tuned = config.model if config.adapter is None else f"{config.model} + {config.adapter}"
+    return {"tuned": tuned, "base": config.reference.model}
 
 
 def lines(found: dict[str, Any]) -> list[str]:
