@@ -122,11 +122,12 @@ def result(key: Key, votes: Sequence[Vote]) -> dict[str, Any]:
     same = {place for place in range(len(key.duels))} - {place for place, _ in key.order}
     outcomes = found | dict.fromkeys(same, "tie")
     longer = longer_wins([(outcome, key.duels[place]) for place, outcome in found.items()])
-    decided = [vote.choice for vote in votes if vote.choice != "tie"]
+    voted, decided = {vote.item for vote in votes}, [vote.choice for vote in votes if vote.choice != "tie"]
     wins = count_wins(list(outcomes.values()))
     return {
         "tuned": key.tuned, "base": key.base, "pairs": len(key.order), "identical": key.identical,
-        "votes": len(votes), "without_vote": len(key.order) - len(votes), **wins.numbers(),
+        "votes": len(votes), "without_vote": [item.name for item in key.items if item.name not in voted],
+        **wins.numbers(),
         "place_a": Share(decided.count("a"), len(decided)).numbers(), "longer": longer.numbers(),
     }  # fmt: skip
 

@@ -75,7 +75,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     if not found["votes"]:
         return [*result, f"{'':<12}no votes yet"]
     if found["without_vote"]:
-        result.append(f"{'':<12}{found['without_vote']} of {found['pairs']} pairs have no vote and are left out")
+        left = found["without_vote"]
+        named = ", ".join([*left[:3], *["..."] * (len(left) > 3)])
+        result.append(f"{'':<12}{len(left)} of {found['pairs']} pairs have no vote and are left out: {named}")
     return [
         *result,
         f"{'tuned':<12}{found['tuned']}",
