@@ -11,6 +11,7 @@ LEARNING_RATE = 5e-4  # LoRA; a tenth of it for full fine-tuning and for prefere
 RANK, ALPHA = 16, 32.0
 PROMPT, NEW = 32, 128  # tokens of the generation cases
 ROW_POOL, ROW_LENGTH = 16, 512  # rows of the case on real rows, and the longest of them
+REVIEWS, ANSWER = 48, 16  # rows of a round of the classification cases, and the most tokens of an answer
 WIDTH = 4096  # in and out of the single quantised layer
 SHAPES = {  # random models, by the fields that both transformers and ModelConfig.from_hf know
     "llama-3-8b": {
@@ -44,8 +45,8 @@ class Case:
     or linear4bit-eval (one layer of bitsandbytes), or lora: our own step on the unquantised model."""
     dtype: str = "float32"
     kind: str = "lora"
-    """lora, qlora, full, rows (LoRA on rows of varied length), dpo (LoRA on pairs), generate, start, or of one
-    quantised layer "forward" or "gradient" (forward and the gradient of its input)."""
+    """lora, qlora, full, rows (LoRA on rows of varied length), dpo (LoRA on pairs), generate, classify (answers to
+    reviews), start, or of one quantised layer "forward" or "gradient" (forward and the gradient of its input)."""
     batch: int = 4
     """Rows, or pairs: two rows of one prompt each."""
     length: int = 256
@@ -82,7 +83,9 @@ class Case:
         """What the printed times mean."""
         if self.layer:
             return "ms"
-        return {"rows": "ms/target token", "generate": "tokens/s", "start": "s"}.get(self.kind, "s/step")
+        return {"rows": "ms/target token", "generate": "tokens/s", "classify": "rows/s", "start": "s"}.get(
+            self.kind, "s/step"
+        )
 
     @property
     def layer(self) -> bool:
@@ -140,6 +143,8 @@ CASES = [
     Case("generate-bf16", "transformers generate, greedy", "transformers", "bfloat16", "generate",
          time_least=1 / 1.6, time_aim=1 / 2.5),
     Case("generate-fp32", "transformers generate, greedy", "transformers", "float32", "generate"),
+    *_pair("evaluate", "transformers generate, row by row", "transformers", (1 / 3, None), (1 / 3, None),
+           kind="classify"),
     Case("start", "import transformers, peft, trl; load", "transformers", "bfloat16", "start", time_least=0.3),
     Case("qlora-bf16", "transformers + PEFT + bitsandbytes NF4", "bitsandbytes", "bfloat16", "qlora",
          time_least=0.75, memory_least=0.5),

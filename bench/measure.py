@@ -193,6 +193,11 @@ def disagreement(case: Case, sides: dict[str, Any]) -> str | None:
         return f"{ours['tokens']} tokens a round against {peer['tokens']}"
     if ours["losses"] and not abs(ours["losses"][0] - peer["losses"][0]) <= case.tolerance:
         return f"loss of step 1 is {ours['losses'][0]:.5f} against {peer['losses'][0]:.5f}"
+    if case.kind == "classify":
+        alike = sum(a == b for a, b in zip(ours["ids"], peer["ids"], strict=True)) / len(ours["ids"])
+        if alike < (0.97 if case.dtype == "float32" else 0.75):  # batches round otherwise than single rows
+            return f"{alike:.0%} of the answers are alike"
+        return None
     if ours["ids"]:
         equal = next((i for i, (a, b) in enumerate(zip(ours["ids"], peer["ids"], strict=True)) if a != b), NEW)
         if equal < (NEW if case.dtype == "float32" else 4):  # in bf16 two tokens are often equally likely
@@ -201,12 +206,12 @@ def disagreement(case: Case, sides: dict[str, Any]) -> str | None:
 
 
 def floor_seconds(case: Case, cache: Path, rates: dict[str, float]) -> float | None:
-    """Return the least seconds that a round of ours could take on this machine; None for a start."""
+    """Return the least seconds that a round of ours could take on this machine; None for a start and for answers."""
     from minitune.model.config import ModelConfig
 
     config = ModelConfig.from_hf(json.loads((cache / case.dtype / "config.json").read_text(encoding="utf-8")))
     rate = matmul_rate(rates, case.dtype, case.medium)
-    if case.kind == "start":
+    if case.kind in ("start", "classify"):
         return None
     if case.kind == "generate":
         return generation_seconds(config, PROMPT, NEW, 4 if case.dtype == "float32" else 2, rate, rates["read"])
@@ -247,9 +252,9 @@ def in_unit(case: Case, side: dict[str, Any], seconds: float) -> float:
     """Turn the seconds of a round into the case's unit."""
     if case.layer:
         return 1000 * seconds / side["tokens"]
-    return {"rows": 1000 * seconds / (side["tokens"] or 1), "generate": (side["tokens"] or 0) / seconds}.get(
-        case.kind, seconds
-    )
+    per_second = (side["tokens"] or 0) / seconds
+    units = {"rows": 1000 * seconds / (side["tokens"] or 1), "generate": per_second, "classify": per_second}
+    return units.get(case.kind, seconds)
 
 
 def judge(ratio: float, least: float | None, aim: float | None) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bench.cases import ALPHA, NEW, PROMPT, RANK, ROW_LENGTH, WIDTH, Case
-from bench.worker import layer_rounds, layer_weight, pairs, read_data, windows
+from bench.cases import ALPHA, ANSWER, NEW, PROMPT, RANK, ROW_LENGTH, WIDTH, Case
+from bench.worker import layer_rounds, layer_weight, pairs, read_data, reviews, windows
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -20,6 +20,8 @@ def run(case: Case, cache: Path, channel: Any) -> None:
     """Run the peer of a case; ends with the channel."""
     if case.kind == "generate":
         return generation(case, cache, channel)
+    if case.kind == "classify":
+        return answers(case, cache, channel)
     if case.kind == "start":
         return start(case, cache, channel)
     if case.layer:
@@ -195,6 +197,27 @@ def generation(case: Case, cache: Path, channel: Any) -> None:
         with torch.inference_mode():
             ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, PROMPT:].tolist()
         channel.report(tokens=len(ids), ids=ids)
+
+
+def answers(case: Case, cache: Path, channel: Any) -> None:
+    """Answer reviews row by row, greedily with the cache, as the documentation's loop does."""
+    from transformers import AutoTokenizer
+
+    model, tokenizer = _load(case, cache).eval(), AutoTokenizer.from_pretrained(cache / case.dtype)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    options = {"max_new_tokens": ANSWER, "do_sample": False, "use_cache": True, "eos_token_id": end, "pad_token_id": 0}
+    for asked in reviews(cache):
+        channel.wait()
+        found = []
+        for messages in asked:
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            with torch.inference_mode():
+                ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
+            cut = " [cut off]" * (end not in ids)
+            found.append(tokenizer.decode(ids, skip_special_tokens=True).strip() + cut)
+        channel.report(tokens=len(found), ids=found)
 
 
 def linear4bit(case: Case, cache: Path, channel: Any) -> None:

