@@ -21,6 +21,7 @@ FAMILIES = "04_families"
 FILES = "05_files"
 NF4, MATMUL, MEMORY = "06_nf4", "07_triton_matmul", "08_qlora_memory"
 DPO, FRONTIER = "09_dpo", "10_preference_frontier"
+FORGETTING = "13_forgetting"
 EVALUATION = "12_evaluation"
 PICTURES = {
     FORWARD: "attention.png", LORA: "singular_values.png", STEP: "loss_mask.png", FAMILIES: "families.png",
@@ -61,6 +62,13 @@ PROMISED = {
         "agree: first loss of ipo",
         "dpo above sft",
         "dpo 0.03 step 16: reward 0.62, KL 9.55",
+    ),
+    FORGETTING: (
+        "nats foreseen by the diagonal",
+        "agree: KL and its bowl",
+        "agree: EWC: dP/dA",
+        "agree: |D|^2 by R x R matrices",
+        "EWC: w 0.100 0.909",
     ),
     EVALUATION: (
         "accuracy prefers the parrot",
@@ -152,6 +160,18 @@ BUGS = {
         "    return batch\n"
         "m.collate_preferences = wrong",
         "== 7.",
+    ),
+    "the most likely token is taken for a drawn one": (
+        FORGETTING,
+        "import minitune.training.fisher as m\n"
+        "m.draw_tokens = lambda model, hidden, generator: model.logits(hidden).argmax(-1)",
+        "== 4.",
+    ),
+    "the penalty lacks its half": (
+        FORGETTING,
+        "import minitune.training.penalty as m; right = m.Penalty.add\n"
+        "m.Penalty.add = lambda self, weight: 2 * right(self, weight)",
+        "== 8.",
     ),
     "the reference is never switched on": (
         FRONTIER,
