@@ -23,6 +23,7 @@ from typing import Any, Literal
 from minitune.cli import parse
 from minitune.errors import ConfigError, check_counts, check_seed, run_command
 from minitune.loading import ModelOptions
+from minitune.reporting.gates import check, gathered, parse_gates, verdict
 from minitune.responder import ResponderOptions
 
 ANSWERED = ("golden", "blind", "judge")  # those that take answers from files too
@@ -175,11 +176,15 @@ class EvaluateConfig(ModelOptions):
     """With golden, blind or judge: answers in files, as generate writes them, instead of models to ask: the tuned
     model's, or [tuned.jsonl,base.jsonl]."""
     blind: BlindOptions = BlindOptions()
+    """Let people choose between the model's answers and the base's."""
     judge: JudgeOptions = JudgeOptions()
+    """Let a language model compare or score answers."""
     output: str | None = None
     """Write all results to this JSON file."""
     overwrite: bool = False
     """Replace the output, and pages and keys, if they are there."""
+    require: tuple[str, ...] | str = ()
+    """Exit with code 3 unless these hold of the results, as accuracy>=0.85 or accuracy.low>=0.8; can be repeated."""
     max_rows: int | None = None
     """Use only the first rows of each set (default: all; with safety 100)."""
     max_new_tokens: int | None = None
@@ -208,6 +213,7 @@ class EvaluateConfig(ModelOptions):
         for name, kinds in BELONGS.items():
             if getattr(self, name) is not None and not set(kinds) & set(self.kinds):
                 raise ConfigError(f"{name} is set without {' or '.join(kinds)}, which it belongs to; leave it out")
+        parse_gates(self.require)
         counts = ("samples", "max_rows", "max_new_tokens", "max_tokens", "batch_size", "window", "stride")
         check_counts(**{name: getattr(self, name) for name in counts})
         for file in (self.output, self.golden_page):
@@ -258,20 +264,24 @@ def _asked(value: Any) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the options, read the data, load the models, measure, print, write; return 1 for a result to doubt."""
-    config = parse(EvaluateConfig, argv, prog="python -m minitune.evaluate", description=__doc__.split("\n")[0])
+    """Parse the options, read the data, load the models, measure, print, write; return the exit code.
+
+    It is 1 for a result to doubt, 3 where one does not pass a gate (`require`).
+    """
+    arguments, description = gathered(sys.argv[1:] if argv is None else argv), __doc__.split("\n")[0]
+    config = parse(EvaluateConfig, arguments, prog="python -m minitune.evaluate", description=description)
     from minitune.files import atomic_file, write_json
 
     if config.output is None:
         result = measure(config)
         print(table(result))
-        return _problems(result)
+        return _problems(result) or verdict(check(parse_gates(config.require), result))
     with atomic_file(config.output) as path:  # fails before the work, not after
         result = measure(config)
         print(table(result))
         write_json(path, result)
     print(f"written to {config.output}")
-    return _problems(result)
+    return _problems(result) or verdict(check(parse_gates(config.require), result))
 
 
 def _problems(result: dict[str, Any]) -> int:

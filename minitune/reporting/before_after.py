@@ -1,7 +1,8 @@
 """The comparisons of a report: what was measured before and after, with intervals, and what was not measured.
 
-A result of `python -m minitune.evaluate` holds objects with "scores", and where there was a base "base" and
-"comparison", by names that this file need not know; so metrics that are yet to come stand in the report too.
+A result of `python -m minitune.evaluate` holds an object for each kind of measurement. Of one with "scores" every
+metric is shown, before and after where there was a base; forgetting and safety have tables of their own; of any other
+every number is, by its path, so that kinds that are yet to come stand in the report too.
 """
 
 import shlex
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from minitune.reporting.document import Code, Paragraph, Part, Table
+from minitune.reporting.gates import numbers
 from minitune.reporting.record import EVALUATIONS, Run
 
 SAFETY, FORGETTING = "safety", "forgetting"  # sections of a result that have a place of their own
@@ -55,23 +57,26 @@ def _kinds(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _score_rows(title: str, found: dict[str, Any]) -> Iterator[tuple]:
-    """Yield a row for each metric; what is no metric, or only part of one, is left to the result's own file."""
+    """Yield a row for each metric."""
     scores = found.get("scores")
     if not isinstance(scores, dict):
-        value, interval = found.get("perplexity"), found.get("interval")
-        if isinstance(value, int | float):
-            yield title, None, _spread({"value": value, "interval": interval}), None, None
+        for path, value in numbers(found).items():
+            yield f"{title}: {path}", None, value, None, None
         return
     for name, score in scores.items():
         before = (found.get("base") or {}).get(name)
         compared = (found.get("comparison") or {}).get(name)
-        difference = test = None
-        if compared:
-            low, high = compared["interval"]
-            difference = f"{compared['difference']:+.4g} ({low:+.4g} to {high:+.4g})"
-            p = "" if compared.get("p") is None else f", p = {compared['p']:.2g}"
-            test = f"{compared.get('verdict') or 'no better or worse'} ({compared['test']}{p})"
-        yield f"{title}: {name}", before and _spread(before), _spread(score), difference, test
+        yield f"{title}: {name}", before and _spread(before), _spread(score), *_compared(compared)
+
+
+def _compared(one: dict[str, Any] | None) -> tuple[str | None, str | None]:
+    """Return the difference with its interval, and the verdict with its test, of a comparison where there is one."""
+    if not one or "difference" not in one:
+        return None, None
+    low, high = one["interval"]
+    p = "" if one.get("p") is None else f", p = {one['p']:.2g}"
+    verdict = one.get("verdict") or "no better or worse"
+    return f"{one['difference']:+.4g} ({low:+.4g} to {high:+.4g})", f"{verdict} ({one['test']}{p})"
 
 
 def _spread(score: dict[str, Any]) -> str:
@@ -93,8 +98,13 @@ def _command(run: Run, options: str, name: str) -> str:
 
 def forgetting_parts(run: Run) -> list[Part]:
     """Return the perplexity of general text before and after, or how to measure it."""
-    parts = _section_parts(run, FORGETTING)
-    general = run.general
+    parts, general = [], run.general
+    for name, found in _found(run, FORGETTING):
+        sets = found.get("sets", {}).items()
+        rows = [
+            (f"{name}: {title}, {one['kind']}", one.get("base"), one["value"], *_compared(one)) for title, one in sets
+        ]
+        parts += [Table(_HEAD, rows), Paragraph(str(found.get("verdict") or "not compared"), "Verdict")]
     if general:
         before, after = general["before"], general["after"]
         ratio = None if general["ratio"] is None else f"x {general['ratio']:.3f}"
@@ -103,7 +113,7 @@ def forgetting_parts(run: Run) -> list[Part]:
                            [("perplexity", before and _spread(before), _spread(after), ratio, note)]))  # fmt: skip
     if not parts and run.options["objective"] != "reward":
         parts = [Paragraph("Not measured. To measure it now, or in a next run by --evaluation.general wiki-demo:"),
-                 Code(_command(run, "--perplexity wiki-demo", FORGETTING), "sh")]  # fmt: skip
+                 Code(_command(run, "--general wiki-demo", FORGETTING), "sh")]  # fmt: skip
     return parts
 
 
@@ -111,18 +121,22 @@ def safety_parts(run: Run) -> list[Part]:
     """Return what was measured of refusals, or how to measure it."""
     if run.options["objective"] == "reward":
         return []
-    return _section_parts(run, SAFETY) or [
+    parts: list[Part] = []
+    for name, found in _found(run, SAFETY):
+        rows = []
+        for side, measure in (("harmful", "refusal_rate"), ("harmless", "over_refusal")):
+            before, after = (found.get(model, {}).get(side, {}).get(measure) for model in ("base", "tuned"))
+            compared = _compared(found.get("comparison", {}).get(side))
+            rows.append((f"{name}: {measure.replace('_', ' ')} of {side} requests", before, after, *compared))
+        parts += [Table(_HEAD, rows), Paragraph("Differences are of the share of requests that were taken rightly.")]
+    return parts or [
         Paragraph("Not measured. To measure refusals of harmful prompts, and of harmless ones, beside the base's:"),
         Code(_command(run, "--safety donotanswer", SAFETY), "sh"),
     ]
 
 
-def _section_parts(run: Run, kind: str) -> list[Part]:
-    """Return the tables of one kind in all results."""
-    parts: list[Part] = []
+def _found(run: Run, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name of each result that measured a kind, and what it found."""
     for name, result in run.measured.items():
-        found = dict(_kinds(result)).get(kind)
-        if found is not None:
-            parts.append(Table(_HEAD, list(_score_rows(name, found))))
-            parts += [Paragraph(found["verdict"], "Verdict")] if isinstance(found.get("verdict"), str) else []
-    return parts
+        if isinstance(result.get(kind), dict):
+            yield name, result[kind]

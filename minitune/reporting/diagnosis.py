@@ -1,8 +1,8 @@
 """Why a run came out as it did: rules over its files, each a function of a Run -> Finding or None; the first named is
 the likeliest. Rules of the data are in `diagnosis_data`; these are of how the run ended, its course, its result.
 
-A course is judged by medians, since single steps are single batches: `start` is that of the first losses, before
-training has changed much, `end` that of the last fifth. Thresholds and their reasons:
+A course is judged from the base's validation loss, or that of the first step if it was higher, to the median of the
+last fifth of the steps, since single steps are single batches. Thresholds and their reasons:
 
     RISE 1.05       validation may wander by 1% (`watch.MARGIN`); 5% above the best is a turn
     FLAT 0.02       a fall below 2% is within what other batches give
@@ -11,7 +11,8 @@ training has changed much, `end` that of the last fifth. Thresholds and their re
                     adapter moves by a tenth, a model that trains whole by a hundredth
     CLIPPED 10      half of the steps' gradients are over ten times the limit: the limit and not the gradient decides
                     the step, which AdamW makes up for and SGD does not
-    FORGOTTEN 1.1   perplexity of general text up by a tenth; instruction tuning by adapters moves it by 1 to 3%
+    FORGOTTEN 1.2   perplexity of general text up by a fifth is forgetting, by a twentieth worth a note: the bounds of
+                    `minitune.evaluate --general`
     FULL 0.9        of the machine's memory in use when the run was last heard of
     FEW_STEPS 10    a rate that warms up and decays within fewer has hardly moved anything
     LONE 8          targets in a step, below which the gradient is mostly that of single words
@@ -27,7 +28,8 @@ from minitune.reporting import diagnosis_data, watch
 from minitune.reporting.findings import COURSE, END, NOTE, RESULT, Finding, ranked
 from minitune.reporting.record import Run
 
-RISE, FLAT, THROWN, STILL, CLIPPED, FORGOTTEN, FULL, FEW_STEPS, LONE = 1.05, 0.02, 1.15, 1e-3, 10, 1.1, 0.9, 10, 8
+RISE, FLAT, THROWN, STILL, CLIPPED, FORGOTTEN, FULL, FEW_STEPS, LONE = 1.05, 0.02, 1.15, 1e-3, 10, 1.2, 0.9, 10, 8
+NOTICED = 1.05
 _MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
 
 
@@ -38,12 +40,11 @@ def diagnose(run: Run) -> list[Finding]:
 
 
 def losses(run: Run) -> tuple[float, float] | None:
-    """Return the training loss at the start and at the end, medians; None of a run under five steps."""
+    """Return the loss at the start and the training loss at the end; None of a run under five steps."""
     values = [step["loss"] for step in run.steps]
     if len(values) < 5:
         return None
-    few = max(1, len(values) // 20)
-    return median(values[:few]), median(values[-max(3, len(values) // 5) :])
+    return max(values[0], run.base_loss or 0), median(values[-max(3, len(values) // 5) :])
 
 
 def is_flat(run: Run) -> bool:
@@ -68,6 +69,7 @@ def failure(run: Run) -> Finding | None:
     if run.outcome.get("status") != "failed":
         return None
     error = run.outcome.get("error", "")
+    thrown = losses(run)
     kinds = {
         "divergence": (("the run diverged",), f"lower optimizer.learning_rate ({_rate(run):g}), a third is a good try"),
         "numbers that are none": (("the loss is", "gradient norm is"), "where a weight is at fault, the base is "
@@ -75,6 +77,10 @@ def failure(run: Run) -> Finding | None:
         "out of memory": (_MEMORY, MEMORY_KNOBS),
         "disk full": (("No space left", "Errno 28"), f"free some space, then go on with: {_again(run)}"),
     }  # fmt: skip
+    if any(mark in error for mark in kinds["numbers that are none"][0]) and thrown and thrown[1] > thrown[0] * THROWN:
+        remedy = kinds["divergence"][1]
+        evidence = f"outcome.json: {error}; before, the training loss rose from {thrown[0]:.3f} to {thrown[1]:.3f}"
+        return Finding("divergence", evidence, remedy, ranked(END))
     for name, (marks, remedy) in kinds.items():
         if any(mark in error for mark in marks):
             return Finding(name, f"outcome.json: {error}", remedy, ranked(END))
@@ -199,16 +205,25 @@ def overfitting(run: Run) -> Finding | None:
 
 def forgetting(run: Run) -> Finding | None:
     """Perplexity of general text that rose."""
-    ratio, general = run.general.get("ratio"), run.general
-    if not ratio or ratio < FORGOTTEN:
+    ratio, general = run.general.get("ratio") or 0, run.general
+    verdicts = [(name, one["forgetting"].get("verdict")) for name, one in run.measured.items()
+                if isinstance(one.get("forgetting"), dict)]  # fmt: skip
+    measured = next((entry for entry in verdicts if entry[1] in ("forgotten", "slightly forgotten")), None)
+    if ratio >= NOTICED:
+        before, after = general["before"]["value"], general["after"]["value"]
+        evidence = f"the perplexity of {general['text']} went from {before:.2f} to {after:.2f} ({ratio - 1:+.0%})"
+        evidence = f"outcome.json: {evidence}"
+    elif measured:
+        evidence = f"evaluations/{measured[0]}.json: the verdict on general text and questions is: {measured[1]}"
+    else:
         return None
-    before, after = general["before"]["value"], general["after"]["value"]
+    alarm = ratio >= FORGOTTEN or measured and measured[1] == "forgotten"
     return Finding(
         "forgetting",
-        f"outcome.json: the perplexity of {general['text']} went from {before:.2f} to {after:.2f} ({ratio - 1:+.0%})",
-        "mix general rows in (rehearsal, a fifth is usual), lower the rate or the epochs, or train an adapter of lower "
-        "rank instead of all weights",
-        ranked(RESULT, 0.3 + min(ratio - 1, 1) / 2),
+        evidence,
+        "mix general rows in (rehearsal, a fifth is usual), hold the weights to their start (penalty), lower the rate "
+        "or the epochs, or train an adapter of lower rank instead of all weights",
+        ranked(RESULT, 0.3 + ratio / 4) if alarm else ranked(NOTE, 0.9),
     )
 
 

@@ -141,7 +141,8 @@ def lost_rows(run: Run) -> Finding | None:
         return None
     share = max(dropped / max(kept + dropped, 1), cut / max(kept, 1))
     remedy = "raise max_length (python -m minitune.prepare shows the lengths), or shorten the rows by their meaning"
-    return Finding("rows cut to fit", f"data.json: {evidence}", remedy, ranked(DATA, 0.4 + share / 10))
+    severity = 0.4 + 0.6 * share  # what was cut made copies and contradictions of rows that were none
+    return Finding("rows cut to fit", f"data.json: {evidence}", remedy, ranked(DATA, severity))
 
 
 def few_targets(run: Run) -> Finding | None:
