@@ -334,7 +334,7 @@ observed = sum(a == b for a, b in zip(one, two, strict=True)) / 20
 chance = sum(one.count(side) / 20 * two.count(side) / 20 for side in ("first", "second"))
 found = agreement(one, two, ("first", "second"))
 check("kappa", (observed - chance) / (1 - chance), found.kappa)
-low, high = found.interval
+low, high = found.kappa_interval
 print(f"  agreed {observed:.2f}, by chance {chance:.2f}, kappa {found.kappa:.4f} ({low:.2f} to {high:.2f})")
 assert observed == 0.7 == 14 / 20 == 70 / 100 and one.count("first") == two.count("first") == 16 and 80 / 100 == 0.8
 assert math.isclose(chance, 0.68) and 68 / 100 == 0.68 and math.isclose(found.kappa, 0.0625)
@@ -384,7 +384,7 @@ assert back == 6
 duels = [Duel(q, *(Reply(text, True) for text in pair)) for q, pair in questions.items()]
 letters = [tuple("A" if one[order] > 0 else "B" for order in ((0, 1), (1, 0))) for one in found]
 result = pairwise_result(duels, letters)
-share, rate = result["position_bias"]["share"], result["wins"]["win_rate"]["share"]
+share, rate = result["position_bias"]["value"], result["wins"]["win_rate"]["value"]
 follow = sum(first == second for first, second in letters) / 6
 check("position bias", follow, share)
 check("win rate", sum(0.5 if a == b else float(a == "A") for a, b in letters) / 6, rate)
@@ -421,12 +421,12 @@ def biased_judge(conversations):
 verdicts = pairwise_verdicts(duels, read_rubric(), biased_judge)
 result = pairwise_result(duels, verdicts)
 whole = [i for i, both in enumerate(verdicts) if all(isinstance(one, str) for one in both)]
-check("position bias", sum(i in lazy for i in whole) / len(whole), result["position_bias"]["share"])
+check("position bias", sum(i in lazy for i in whole) / len(whole), result["position_bias"]["value"])
 truly = sum(0.5 if i in lazy else float(duels[i].tuned.text.startswith("good")) for i in whole) / len(whole)
-check("win rate", truly, result["wins"]["win_rate"]["share"])
+check("win rate", truly, result["wins"]["win_rate"]["value"])
 low, high = result["position_bias"]["interval"]
 print(f"  judged {result['judged']} of 400, no verdict: {result['missing']}")
-print(f"  follow the place: {result['position_bias']['share']:.1%}, 95% interval {low:.1%} to {high:.1%}")
+print(f"  follow the place: {result['position_bias']['value']:.1%}, 95% interval {low:.1%} to {high:.1%}")
 assert low < 30 / 100 == 0.3 < high and 30 < result["without_verdict"] < 50 and len(duels) == 400 and 1 / 20 == 0.05
 
 # %% [markdown]

@@ -22,7 +22,7 @@ Weights = Literal["none", "linear", "quadratic"]
 
 @dataclass(frozen=True)
 class Agreement:
-    """`share` of the `rows` on which both say the same, `kappa` with its 95% bootstrap `interval`.
+    """`share` of the `rows` on which both say the same, `kappa` with its 95% bootstrap interval.
 
     Where both said one and the same thing on all rows, chance alone would make them agree, and kappa is None. Where one
     of them always says the same it is 0, in every resample too, so the interval would claim certainty: it is None.
@@ -31,7 +31,7 @@ class Agreement:
     rows: int
     share: float
     kappa: float | None
-    interval: tuple[float, float] | None
+    kappa_interval: tuple[float, float] | None
     weights: Weights
     interval_by: str = f"bootstrap, {RESAMPLES:,} resamples of rows"
 

@@ -34,7 +34,8 @@ def report(rows: Sequence[Row], tuned: Answered, base: Answered | None = None) -
     sides = {"tuned": tuned} | ({} if base is None else {"base": base})
     found: dict[str, Any] = {"rows": len(rows)}
     for side, (_, checked) in sides.items():
-        found[side] = _share(checked) | {
+        found[side] = {
+            "pass_rate": _share(checked),
             "judged": sum(one.judged for one in checked), "no_verdict": sum(one.no_verdict for one in checked),
             "tags": {tag: _share([one for row, one in zip(rows, checked, strict=True) if tag in row.tags])
                      for tag in sorted({tag for row in rows for tag in row.tags})},
@@ -61,7 +62,7 @@ def _change(tuned: bool, base: bool) -> str:
 def _share(checked: Sequence[Checked]) -> dict[str, Any]:
     passed = sum(one.passed for one in checked)
     edges = wilson_interval(passed, len(checked))
-    return {"passed": passed, "rows": len(checked), "share": passed / len(checked), "interval": list(edges)}
+    return {"passed": passed, "rows": len(checked), "value": passed / len(checked), "interval": list(edges)}
 
 
 def _side(reply: Reply, checked: Checked) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     result = []
     for side in sides:
         name = f"golden set  {side if len(sides) > 1 else ''}".rstrip()
-        result.append(f"{name:<19}{share_text(found[side])}")
+        result.append(f"{name:<19}{share_text(found[side]['pass_rate'])}")
         result += [f"{'':<12}{visible(tag):<12}{share_text(one)}" for tag, one in found[side]["tags"].items()]
         if found[side]["no_verdict"]:
             asked = counted(found[side]["judged"], "row")
@@ -93,7 +94,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 def share_text(one: dict[str, Any]) -> str:
     """Return a share with its interval, in percent."""
     low, high = one["interval"]
-    return f"{one['passed']} of {one['rows']} pass, {one['share']:.1%}  (95% interval {low:.1%} to {high:.1%})"
+    return f"{one['passed']} of {one['rows']} pass, {one['value']:.1%}  (95% interval {low:.1%} to {high:.1%})"
 
 
 def comparison_text(compared: dict[str, Any]) -> str:
@@ -147,16 +148,14 @@ def _wrapped(text: str, width: int) -> list[str]:
 def page_of(found: dict[str, Any], names: dict[str, str]) -> str:
     """Return a self-contained page of a report: the models' `names` by side, the shares, then every row."""
     sides = [side for side in ("base", "tuned") if side in found]
-    shares = [
-        [tag, *(value for side in sides for value in _cells(found[side] if tag == "all" else found[side]["tags"][tag]))]
-        for tag in ("all", *found["tuned"]["tags"])
-    ]
+    groups = [("all", [found[side]["pass_rate"] for side in sides])]
+    groups += [(tag, [found[side]["tags"][tag] for side in sides]) for tag in found["tuned"]["tags"]]
+    shares = [[name, *(cell for one in ones for cell in _cells(one))] for name, ones in groups]
     head = ["rows", *(cell for side in sides for cell in (f"{side}: pass", "of", "share", "95% interval"))]
     parts = [table(["model", "name"], [[side, names[side]] for side in sides]), table(head, shares)]
     if "changes" in found:
         parts += [prose(comparison_text(found["comparison"])), table(list(CHANGES), [list(found["changes"].values())])]
-    groups = CHANGES if "changes" in found else ("FAIL", "pass")
-    for group in groups:
+    for group in CHANGES if "changes" in found else ("FAIL", "pass"):
         rows = [one for one in found["answers"] if one.get("change", _why(one["tuned"])[:4]) == group]
         parts += [heading(f"{group}: {len(rows)}")] * bool(rows) + [_row(one, sides) for one in rows]
     return page("Golden set" + ": tuned against base" * (len(sides) > 1), parts, style=_STYLE)
@@ -164,7 +163,7 @@ def page_of(found: dict[str, Any], names: dict[str, str]) -> str:
 
 def _cells(one: dict[str, Any]) -> list[Any]:
     low, high = one["interval"]
-    return [one["passed"], one["rows"], f"{one['share']:.1%}", f"{low:.1%} to {high:.1%}"]
+    return [one["passed"], one["rows"], f"{one['value']:.1%}", f"{low:.1%} to {high:.1%}"]
 
 
 def _row(one: dict[str, Any], sides: Sequence[str]) -> str:

@@ -98,7 +98,7 @@ def _agreement(outcomes: dict[int, Outcome | None], votes: dict[int, Outcome] | 
     labels = [[one[place] for place in common] for one in (outcomes, votes)]
     found = {weights: asdict(agreement(*labels, OUTCOMES, weights)) for weights in ("none", "linear")}
     return {"agreement": found["none"] | {"linear_kappa": found["linear"]["kappa"],
-                                          "linear_interval": found["linear"]["interval"]}}  # fmt: skip
+                                          "linear_kappa_interval": found["linear"]["kappa_interval"]}}  # fmt: skip
 
 
 def score_answers(
@@ -183,9 +183,9 @@ def agreement_text(found: dict[str, Any] | None) -> str:
         return "agreement   not known: no duel has both a vote and the judge's outcome"
     if found["kappa"] is None:
         return f"agreement   {found['share']:.1%} of {found['rows']} votes; kappa is not defined, as all are alike"
-    if found["interval"] is None:
+    if found["kappa_interval"] is None:
         return f"agreement   {found['share']:.1%} of {found['rows']} votes, kappa 0: one side always says the same"
-    (low, high), (least, most) = found["interval"], found["linear_interval"]
+    (low, high), (least, most) = found["kappa_interval"], found["linear_kappa_interval"]
     return (
         f"agreement   {found['share']:.1%} of {found['rows']} votes, Cohen's kappa {found['kappa']:.2f} (95% interval "
         f"{low:.2f} to {high:.2f}), with ties half way {found['linear_kappa']:.2f} ({least:.2f} to {most:.2f})"

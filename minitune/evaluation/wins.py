@@ -29,19 +29,19 @@ class Share:
     rows: int
 
     def numbers(self) -> dict[str, Any]:
-        """Return {"share", "interval", "count", "rows"}; the interval is Wilson's of 95%, both are None of no rows."""
+        """Return {"value", "interval", "count", "rows"}; the interval is Wilson's of 95%, both are None of no rows."""
         share, edges = (
             (self.count / self.rows, list(wilson_interval(self.count, self.rows))) if self.rows else (None, None)
         )
-        return {"share": share, "interval": edges, "count": self.count, "rows": self.rows}
+        return {"value": share, "interval": edges, "count": self.count, "rows": self.rows}
 
 
 def share_text(found: dict[str, Any]) -> str:
     """Return the numbers of a share for a reader."""
-    if found["share"] is None:
+    if found["value"] is None:
         return "not known (of no rows)"
     low, high = found["interval"]
-    return f"{found['share']:.1%} (95% interval {low:.1%} to {high:.1%}; {found['count']:g} of {found['rows']})"
+    return f"{found['value']:.1%} (95% interval {low:.1%} to {high:.1%}; {found['count']:g} of {found['rows']})"
 
 
 @dataclass(frozen=True)

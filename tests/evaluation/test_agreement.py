@@ -54,15 +54,15 @@ def test_interval_is_that_of_a_bootstrap_written_out():
     lots = np.random.default_rng(0)
     draws = [lots.integers(0, 60, 60) for _ in range(400)]
     scores = [cohen_kappa_score(np.array(first)[rows], np.array(second)[rows], labels=[0, 1, 2]) for rows in draws]
-    found = agreement(first, second, (0, 1, 2)).interval
+    found = agreement(first, second, (0, 1, 2)).kappa_interval
     assert found == pytest.approx(np.quantile(scores, [0.025, 0.975]), abs=0.05)
 
 
 def test_no_certainty_is_claimed_where_a_judge_never_varies():
     both = agreement("yyy", "yyy", ("y", "n"))
-    assert (both.share, both.kappa, both.interval) == (1.0, None, None)
+    assert (both.share, both.kappa, both.kappa_interval) == (1.0, None, None)
     one = agreement("yyyy", "ynyn", ("y", "n"))
-    assert (one.share, one.kappa, one.interval) == (0.5, 0.0, None)
+    assert (one.share, one.kappa, one.kappa_interval) == (0.5, 0.0, None)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ def test_wins_by_scipy(wins, ties, losses):
     assert found["verdict"] == ("undecided" if test.pvalue >= 0.05 else "wins" if wins > losses else "loses")
     edges = test.proportion_ci(0.95, method="wilson")
     assert found["decided"]["interval"] == pytest.approx([edges.low, edges.high], abs=1e-12)
-    assert found["win_rate"]["share"] == (wins + ties / 2) / len(outcomes)
+    assert found["win_rate"]["value"] == (wins + ties / 2) / len(outcomes)
     if not ties:
         assert found["win_rate"]["interval"] == found["decided"]["interval"]
 
 
 def test_a_tie_counted_as_a_win_is_caught(tmp_path):
     found = mutant(wins_module, tmp_path, "self.wins + self.ties / 2,", "self.wins + self.ties,")
-    assert found.count_wins(["tuned", "tie", "base"]).numbers()["win_rate"]["share"] != 0.5
+    assert found.count_wins(["tuned", "tie", "base"]).numbers()["win_rate"]["value"] != 0.5
 
 
 def test_the_interval_with_ties_holds_in_repeated_samples():
@@ -126,7 +126,7 @@ def test_the_longer_answer():
         ("tie", duel("aaaa", "b")), ("tuned", duel("same", "size")), ("tuned", duel("  a ", "b")),
     ]  # fmt: skip
     assert longer_wins(rows) == Share(2, 3)  # ties, and answers of one length but for space, tell nothing
-    assert longer_wins([]).numbers() == {"share": None, "interval": None, "count": 0, "rows": 0}
+    assert longer_wins([]).numbers() == {"value": None, "interval": None, "count": 0, "rows": 0}
 
 
 def test_nothing_judged_is_refused():

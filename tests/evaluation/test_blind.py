@@ -75,7 +75,7 @@ def test_votes_are_counted_for_whom_they_are(key):
     found = blind.result(key, choices(key, "tuned", "tuned", "base", "tie"))
     assert (found["wins"], found["losses"], found["ties"]) == (2, 1, 2)  # the identical pair is a tie
     assert (found["votes"], found["without_vote"], found["identical"]) == (4, ["pair-5", "pair-6"], 1)
-    assert found["win_rate"]["share"] == 3 / 5 and found["decided"]["share"] == 2 / 3
+    assert found["win_rate"]["value"] == 3 / 5 and found["decided"]["value"] == 2 / 3
     assert found["longer"]["count"] == 1 and found["longer"]["rows"] == 3  # the base's answers are longer
     voted = [vote.choice for vote in choices(key, "tuned", "tuned", "base")]
     assert found["place_a"]["count"] == voted.count("a") and found["place_a"]["rows"] == 3

@@ -161,8 +161,8 @@ def test_the_difference_row_by_row(two):
     found = golden_diff.report(*two)
     assert [one["change"] for one in found["answers"]] == ["broken", "fixed", "same-fail", "same-pass"]
     assert found["changes"] == {"broken": 1, "fixed": 1, "same-fail": 1, "same-pass": 1}
-    assert (found["tuned"]["passed"], found["base"]["passed"]) == (2, 2)
-    assert found["tuned"]["tags"]["s"]["passed"] == 1 and found["base"]["tags"]["b"]["share"] == 1.0
+    assert [found[side]["pass_rate"]["passed"] for side in ("tuned", "base")] == [2, 2]
+    assert found["tuned"]["tags"]["s"]["passed"] == 1 and found["base"]["tags"]["b"]["value"] == 1.0
     compared = found["comparison"]
     assert (compared["gained"], compared["lost"], compared["p"]) == (1, 1, mcnemar(1, 1))
     assert compared["test"] == "McNemar's exact test" and compared["verdict"] == "undecided"
@@ -284,3 +284,12 @@ def test_answers_are_those_of_the_same_prompts(write, tmp_path):
     path.write_text('{"prompt": "?", "answer": "x"}\n{"messages": [{"role": "user", "content": "Two?"}], "answer": "y",'
                     ' "finished": false}\n')  # fmt: skip
     assert read_answers(path, [row.record for row in rows]) == [Reply("x", True), Reply("y", False)]
+
+
+def test_a_gate_holds_the_command_to_the_golden_set(write, tmp_path, capsys):
+    rows = write(*[{"prompt": f"{i}?", "expect": {"exact": "yes"}, "tags": ["facts"]} for i in range(4)])
+    tuned, base = answers(tmp_path / "t.jsonl", *["yes"] * 3, "no"), answers(tmp_path / "b.jsonl", *["no"] * 4)
+    given = f"[{tuned},{base}]"
+    run("--golden", rows, "--answers", given, "--require", "pass_rate>=0.75", "--require", "facts>=0.75")
+    run("--golden", rows, "--answers", given, "--require", "pass_rate.low>=0.75", code=3)
+    assert "gate FAILED: pass_rate.low>=0.75 (golden.tuned.pass_rate.low is" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_pairs_are_judged_in_both_orders(files, capsys):
         found = judge(files, server)
         assert len(server.requests) == 2 * 4
     assert found["outcomes"] == ["tuned", "base", "tuned", "tie", "tuned"]
-    assert found["position_bias"]["share"] == 0 and found["wins"]["win_rate"]["share"] == 3.5 / 5
+    assert found["position_bias"]["value"] == 0 and found["wins"]["win_rate"]["value"] == 3.5 / 5
     printed = capsys.readouterr().out
     assert f"judge       any at {server.url}, rubric default, by pairs" in printed
     assert "0.0% (95% interval" in printed and "follow the place" in printed
@@ -110,7 +110,7 @@ def test_agreement_with_people(files, capsys):
         options = ("--judge.model", "any", "--judge.endpoint", server.url, "--judge.key", key)
         run(*options, "--judge.votes", files / "votes.json", "--output", files / "out.json")
     found = json.loads((files / "out.json").read_text())["judge"]["agreement"]
-    assert (found["rows"], found["share"], found["kappa"], found["interval"]) == (4, 0.75, 0.0, None)
+    assert (found["rows"], found["share"], found["kappa"], found["kappa_interval"]) == (4, 0.75, 0.0, None)
     assert "75.0% of 4 votes, kappa 0: one side always says the same" in capsys.readouterr().out
     content["ballot"] = "0" * 16
     (files / "votes.json").write_text(json.dumps(content))

@@ -50,7 +50,7 @@ def test_an_honest_judge_has_no_bias_of_place():
     found = result(honest)
     assert found["outcomes"] == ["tuned", "base", "tie", "tie", "tuned"]
     assert (found["duels"], found["identical"], found["judged"], found["without_verdict"]) == (5, 1, 4, 0)
-    assert (found["position_bias"]["share"], found["position_bias"]["rows"]) == (0.0, 4)
+    assert (found["position_bias"]["value"], found["position_bias"]["rows"]) == (0.0, 4)
     assert (found["wins"]["wins"], found["wins"]["ties"], found["wins"]["losses"]) == (2, 2, 1)
     assert found["longer"]["count"] == 2 and found["longer"]["rows"] == 3
 
@@ -59,7 +59,7 @@ def test_an_honest_judge_has_no_bias_of_place():
 def test_a_judge_that_takes_a_place_decides_nothing(place, first):
     found = result(lambda *_: place)
     assert set(found["outcomes"]) == {"tie"}
-    assert found["position_bias"]["share"] == 1.0 and found["first_place"]["share"] == first
+    assert found["position_bias"]["value"] == 1.0 and found["first_place"]["value"] == first
     assert found["wins"]["verdict"] == "undecided"
 
 
@@ -75,17 +75,17 @@ def test_a_bias_is_estimated():
     found = result(choose, duels)
     low, high = found["position_bias"]["interval"]
     assert found["position_bias"]["count"] == len(biased) and low < 0.3 < high
-    assert found["first_place"]["share"] == 1.0
+    assert found["first_place"]["value"] == 1.0
 
 
 def test_a_judge_of_length_shows():
     found = result(lambda first, second: "A" if len(first) > len(second) else "B")
-    assert found["longer"]["share"] == 1.0 and found["longer"]["rows"] == 3  # of one length the place decides: a tie
+    assert found["longer"]["value"] == 1.0 and found["longer"]["rows"] == 3  # of one length the place decides: a tie
 
 
 def test_a_tie_in_one_order_is_a_tie():
     found = result(lambda first, second: "A" if quality(first) > quality(second) else "TIE")
-    assert set(found["outcomes"]) == {"tie"} and found["position_bias"]["share"] == 0.0
+    assert set(found["outcomes"]) == {"tie"} and found["position_bias"]["value"] == 0.0
 
 
 def test_nonsense_is_counted_and_scores_nothing():
