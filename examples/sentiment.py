@@ -8,10 +8,8 @@ forgotten. A step's result is kept with the settings it was made with and not ma
 same, so the command can be interrupted and repeated.
 """
 
-import csv
 import dataclasses
 import json
-import random
 import resource
 import sys
 import time
@@ -26,9 +24,8 @@ from minitune.files import atomic_file, file_sha256, write_json
 from minitune.loading import ModelOptions
 from minitune.training.config import TrainConfig
 
-LABELS = {"1": "positive", "0": "negative"}
+LABELS = ("positive", "negative")
 SOURCE = "rotten_tomatoes"
-FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 WINDOW = 512  # tokens, for perplexity
 SHOTS = 8
 # Ways of asking: system message and the user's. The first, and shortest, is what the model is trained with.
@@ -80,14 +77,6 @@ class DemoConfig:
             raise ConfigError(f"output {self.output} is a file; name a folder")
 
 
-@dataclass(frozen=True)
-class Review:
-    """A review and what it is."""
-
-    text: str
-    label: str
-
-
 def main(argv: list[str] | None = None) -> None:
     """Do the steps that are not done yet and print the table."""
     config = parse(DemoConfig, argv, prog="python -m examples.sentiment", description=__doc__.split("\n")[0])
@@ -101,14 +90,14 @@ def main(argv: list[str] | None = None) -> None:
     plan = training_plan(config, files)
     key = {
         "files": [file_sha256(path) for path in (*_files(model), text, *files.values())],
-        "tokens": config.perplexity_tokens, "templates": [list(pair) for pair in TEMPLATES.values()],
+        "tokens": config.perplexity_tokens, "templates": [[way.title, way.user, way.system] for way in ways()],
     }  # fmt: skip
     measured = Measured(model, splits, text, config)
     base = step(folder / "base.json", key, lambda: measured.base())
     key["training"] = json.loads(json.dumps(asdict(plan)))
     trained = step(folder / "training.json", key, lambda: run_training(plan, key, folder / "train.key.json"))
     tuned = step(folder / "tuned.json", key, lambda: measured.tuned(Path(trained["result"])))
-    finish(folder, config, plan, base, trained, tuned)
+    finish(folder, config, plan, [row.label for row in splits["test"]], base, trained, tuned)
 
 
 def step(path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -149,42 +138,45 @@ def peak_mb() -> float:
     return round(max(peaks) * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
-def split_reviews(path: Path, config: DemoConfig) -> dict[str, list[Review]]:
-    """Return {"train", "validation", "test"}: reviews in random order, none in two of them, none twice.
+def split_reviews(path: Path, config: DemoConfig) -> dict[str, list[Any]]:
+    """Return {"train", "validation", "test"}: `LabelledPrompt`s asked as in training, in random order, each text once.
 
     Raises DataError when there are fewer than asked for.
     """
-    from minitune.data.splits import deduplicate, normalise, split_by_hash
+    from minitune.evaluation import sets
+    from minitune.evaluation.classification import LabelledPrompt
 
-    with open(path, encoding="utf-8", newline="") as file:
-        chosen = [row for row in csv.DictReader(file) if row["source"] == SOURCE]
-    rows = [Review(row["text"].strip(), LABELS[row["label"]]) for row in chosen]
-    unique = deduplicate(rows, key=lambda review: normalise(review.text))
-    splits = split_by_hash(unique, FRACTIONS, config.seed, key=lambda review: normalise(review.text))
-    for name, part in splits.items():
+    splits = {}
+    for name, reviews in sets.split_reviews(path, SOURCE, config.seed).items():
         wanted = getattr(config, f"{name}_rows")
-        if len(part) < wanted:
-            raise DataError(f"{path}: {len(part)} {name} reviews, {wanted} asked for; lower {name}_rows")
-        random.Random(f"{config.seed}:{name}").shuffle(part)
-        del part[wanted:]
+        if len(reviews) < wanted:
+            raise DataError(f"{path}: {len(reviews)} {name} reviews, {wanted} asked for; lower {name}_rows")
+        splits[name] = [
+            LabelledPrompt(trained_turns(review.text), review.label, f"{name} {number}")
+            for number, review in enumerate(reviews[:wanted], 1)
+        ]
     return splits
 
 
-def ask(review: Review, template: str, shots: list[Review]) -> list[dict[str, str]]:
-    """Return the messages that ask about a review, after `shots` answered examples."""
-    system, user = TEMPLATES[template]
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    for shot in shots:
-        messages.append({"role": "user", "content": user.replace("{}", shot.text)})
-        messages.append({"role": "assistant", "content": shot.label})
-    return [*messages, {"role": "user", "content": user.replace("{}", review.text)}]
+def trained_turns(text: str) -> tuple[dict[str, str], ...]:
+    """Return the messages that ask about a review as in training."""
+    system, user = TEMPLATES[TRAINED]
+    return {"role": "system", "content": system}, {"role": "user", "content": user.replace("{}", text)}
 
 
-def write_rows(reviews: list[Review], path: Path) -> Path:
+def ways() -> list[Any]:
+    """Return the ways to ask the base model."""
+    from minitune.evaluation.prompting import Way
+
+    found = [Way(name, user, system or "") for name, (system, user) in TEMPLATES.items()]
+    return found + [dataclasses.replace(way, shots=SHOTS) for way in found if way.name in SHOWN]
+
+
+def write_rows(rows: list[Any], path: Path) -> Path:
     """Write reviews as chats that end with the right answer; returns the path."""
     with atomic_file(path) as place, open(place, "w", encoding="utf-8") as file:
-        for review in reviews:
-            messages = [*ask(review, TRAINED, []), {"role": "assistant", "content": review.label}]
+        for row in rows:
+            messages = [*row.prompt, {"role": "assistant", "content": row.label}]
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return path
 
@@ -221,40 +213,43 @@ class Measured:
     """Measures the model before and after, on the same rows and text."""
 
     model: Path
-    splits: dict[str, list[Review]]
+    splits: dict[str, list[Any]]
     text: Path
     config: DemoConfig
 
     def base(self) -> dict[str, Any]:
         """Choose the prompt that the untrained model answers best on validation rows, and measure with it."""
+        from minitune.evaluation.classification import classification_metrics
+        from minitune.evaluation.prompting import Search, choose, examples
+
         model, tokenizer = self._load(None)
-        shots = _balanced(self.splits["train"], SHOTS)
-        ways = [(name, []) for name in TEMPLATES] + [(name, shots) for name in SHOWN]
-        tried = {}
-        for name, examples in ways:
-            title = f"{name}, {len(examples)} examples"
-            found = self._classify(model, tokenizer, "validation", name, examples, title)
-            tried[title] = (found["accuracy"], name, examples)
-            print(f"  {title}: accuracy {found['accuracy']:.1%}, compliance {found['format_compliance']:.1%}")
-        best = max(tried, key=lambda title: tried[title][0])
-        _, name, examples = tried[best]
-        chosen = {"prompt": best, "prompts_tried": {title: accuracy for title, (accuracy, _, _) in tried.items()}}
-        return chosen | self._measure(model, tokenizer, name, examples)
+
+        def measure(rows: list[Any]) -> dict[str, Any]:
+            predicted = self._answers(model, tokenizer, rows, "validation rows")
+            return classification_metrics([row.label for row in rows], predicted, LABELS)
+
+        search = Search(tuple(ways()), tuple(self.splits["validation"]))
+        best = choose(search, measure, chat=True, shots=examples(self.splits["train"], SHOTS), say=print)
+        tried = {title: scores["accuracy"] for title, scores in best.tried}
+        rows = [best.ask(row, chat=True) for row in self.splits["test"]]
+        return {"prompt": best.way.title, "prompts_tried": tried} | self._measure(model, tokenizer, rows)
 
     def tuned(self, adapter: Path) -> dict[str, Any]:
         """Measure the model with its adapter, asked as in training."""
         model, tokenizer = self._load(adapter)
-        return {"prompt": f"{TRAINED}, 0 examples"} | self._measure(model, tokenizer, TRAINED, [])
+        return {"prompt": f"{TRAINED}, 0 examples"} | self._measure(model, tokenizer, self.splits["test"])
 
     def _load(self, adapter: Path | None) -> tuple[Any, Any]:
         return ModelOptions(model=str(self.model), adapter=adapter and str(adapter)).load()
 
-    def _measure(self, model: Any, tokenizer: Any, template: str, shots: list[Review]) -> dict[str, Any]:
+    def _measure(self, model: Any, tokenizer: Any, rows: list[Any]) -> dict[str, Any]:
         from tqdm import tqdm
 
+        from minitune.evaluation.classification import summarize
         from minitune.evaluation.perplexity import perplexity
 
-        found = self._classify(model, tokenizer, "test", template, shots, "test rows")
+        predicted = self._answers(model, tokenizer, rows, "test rows")
+        found = asdict(summarize([row.label for row in rows], predicted, LABELS)) | {"predicted": predicted}
         tokens = self.config.perplexity_tokens
         text = self.text.read_text(encoding="utf-8")
         with tqdm(total=tokens, desc="perplexity", unit="token", leave=False) as bar:
@@ -263,37 +258,33 @@ class Measured:
             )
         return found | {"perplexity": score.perplexity, "perplexity_tokens": score.tokens, "window": WINDOW}
 
-    def _classify(
-        self, model: Any, tokenizer: Any, split: str, template: str, shots: list[Review], title: str
-    ) -> dict[str, Any]:
+    def _answers(self, model: Any, tokenizer: Any, rows: list[Any], title: str) -> list[str]:
         from tqdm import tqdm
 
-        from minitune.evaluation.classification import LabelledPrompt, classify
+        from minitune.evaluation.classification import ask_labels
 
-        reviews = self.splits[split]
-        rows = [LabelledPrompt(ask(review, template, shots), review.label, split) for review in reviews]
         with tqdm(total=len(rows), desc=title, unit="row", leave=False) as bar:
-            return asdict(classify(model, tokenizer, rows, tuple(LABELS.values()), on_batch=bar.update))
+            return ask_labels(model, tokenizer, rows, LABELS, on_batch=bar.update)
 
 
-def _balanced(reviews: list[Review], count: int) -> list[Review]:
-    """Return the first reviews of each label, in turn, `count` in all."""
-    each = [[review for review in reviews if review.label == label][: count // 2] for label in LABELS.values()]
-    return [review for pair in zip(*each, strict=True) for review in pair]
+def finish(
+    folder: Path, config: DemoConfig, plan: TrainConfig, labels: list[str], base: dict, trained: dict, tuned: dict
+) -> None:
+    """Write results.json, print the table, who wins, the places and the command to go on with."""
+    from minitune.evaluation.classification import classification_metrics
+    from minitune.evaluation.scores import comparisons, conclusion
 
-
-def finish(folder: Path, config: DemoConfig, plan: TrainConfig, base: dict, trained: dict, tuned: dict) -> None:
-    """Write results.json, print the table, the places and the command to go on with."""
+    metrics = [classification_metrics(labels, part["predicted"], LABELS) for part in (tuned, base)]
     parts = (base, trained, tuned)
     seconds = sum(part["wall_seconds"] for part in parts)
     peak = max(part["peak_rss_mb"] for part in parts)
     result = {
-        "base": base, "tuned": tuned, "seconds": round(seconds, 1), "peak_rss_mb": peak,
-        "steps": trained["steps"], "target_tokens": trained["target_tokens"],
+        "base": base, "tuned": tuned, "comparison": comparisons(*metrics), "seconds": round(seconds, 1),
+        "peak_rss_mb": peak, "steps": trained["steps"], "target_tokens": trained["target_tokens"],
     }  # fmt: skip
     with atomic_file(folder / "results.json") as place:
         write_json(place, result)
-    print(table(base, tuned))
+    print("\n".join([table(base, tuned), *conclusion(result["comparison"])]))
     files = json.loads((Path(plan.output) / "data.json").read_text(encoding="utf-8"))
     tokens = sum(file["training_tokens"] for file in files) * (plan.epochs or 1)
     print(f"training: {counted(trained['steps'], 'step')}, {tokens:,.0f} tokens ({trained['target_tokens']:,} targets) "

@@ -10,6 +10,8 @@ import pytest
 from examples import sentiment
 from minitune import sources
 from minitune.errors import ConfigError, DataError
+from minitune.evaluation.classification import LabelledPrompt
+from minitune.evaluation.prompting import reworded
 from minitune.training import run as training
 
 SIZES = ["--train_rows", "24", "--validation_rows", "8", "--test_rows", "10", "--perplexity_tokens", "60"]
@@ -55,15 +57,19 @@ def no_work(*_):
     pytest.fail("a step that was done before is done again")
 
 
+def text(row) -> str:
+    return row.prompt[-1]["content"]
+
+
 def test_splits_share_no_review(reviews):
     config = sentiment.DemoConfig(train_rows=100, validation_rows=12, test_rows=12)
     splits = sentiment.split_reviews(reviews, config)
-    texts = [one.text.lower() for part in splits.values() for one in part]
+    texts = [text(one).lower() for part in splits.values() for one in part]
     assert len(texts) == len(set(texts)) == 124
-    assert not any(text.startswith("other") for text in texts)
+    assert not any(one.startswith("other") for one in texts)
     assert {one.label for one in splits["test"]} == {"positive", "negative"}
     for one in splits["train"]:
-        assert one.label == ("positive" if int(one.text.split()[-1]) % 2 else "negative")
+        assert one.label == ("positive" if int(text(one).split()[-1]) % 2 else "negative")
     assert sentiment.split_reviews(reviews, config) == splits
     assert sentiment.split_reviews(reviews, dataclasses.replace(config, seed=1)) != splits
     # Fewer rows are the first of more: sizes can change without mixing test into training.
@@ -74,9 +80,11 @@ def test_splits_share_no_review(reviews):
 
 
 def test_prompts_hold_the_review_as_it_is():
-    one, shot = sentiment.Review("{braces} {}", "negative"), sentiment.Review("fine", "positive")
-    for template in sentiment.TEMPLATES:
-        messages = sentiment.ask(one, template, [shot])
+    one, shot = (LabelledPrompt(sentiment.trained_turns(words), label, "") for words, label in
+                 (("{braces} {}", "negative"), ("fine", "positive")))  # fmt: skip
+    assert len(sentiment.ways()) == len(sentiment.TEMPLATES) + len(sentiment.SHOWN)
+    for way in sentiment.ways():
+        messages = reworded(one, way, [shot], chat=True).prompt
         assert "{braces} {}" in messages[-1]["content"]
         assert [turn["role"] for turn in messages[-3:]] == ["user", "assistant", "user"]
         assert messages[-2]["content"] == "positive"
@@ -85,7 +93,7 @@ def test_prompts_hold_the_review_as_it_is():
 def test_whole_run_then_again(stage, tmp_path, monkeypatch, capsys):
     sentiment.main(stage)
     result = json.loads((tmp_path / "run/results.json").read_text())
-    assert set(result) == {"base", "tuned", "seconds", "peak_rss_mb", "steps", "target_tokens"}
+    assert set(result) == {"base", "tuned", "comparison", "seconds", "peak_rss_mb", "steps", "target_tokens"}
     wanted = {"accuracy", "accuracy_interval", "macro_f1", "format_compliance", "perplexity", "rows"}
     for part in ("base", "tuned"):
         assert wanted <= set(result[part])
@@ -97,6 +105,8 @@ def test_whole_run_then_again(stage, tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (tmp_path / "run/data/train.jsonl").read_text().splitlines()]
     assert result["target_tokens"] == sum(len(row["messages"][-1]["content"]) + 1 for row in rows)
     printed = capsys.readouterr().out
+    assert result["comparison"]["accuracy"]["test"] == "McNemar's exact test"
+    assert "the tuned model does" in printed or "the tuned model wins" in printed
     assert "format compliance" in printed and "minitune.generate --model" in printed
     # Again: nothing is done, the same table.
     monkeypatch.setattr(training, "train", no_work)

@@ -148,7 +148,7 @@ def check_apart(validation: Sequence[Row], test: Sequence[Row]) -> None:
 
 def choose(
     search: Search, measure: Callable[[Sequence[Row]], dict[str, Measured]], *, chat: bool,
-    say: Callable[[str], None] = lambda line: None,
+    shots: Sequence[Row] | None = None, say: Callable[[str], None] = lambda line: None,
 ) -> Chosen:  # fmt: skip
     """Try each way on the validation rows and return the best.
 
@@ -157,11 +157,13 @@ def choose(
         measure: asks rows and returns metrics by name, the one that counts first in front; those of which more is
             neither good nor bad do not count.
         chat: the tokenizer has a chat template.
+        shots: rows to show with their answers; None takes them from the search's, which are not asked then.
         say: receives a line for each way.
     """
     if not search.rows:
         return Chosen(search.ways[0])
-    shots = examples(search.rows, max(way.shots for way in search.ways))
+    if shots is None:
+        shots = examples(search.rows, max(way.shots for way in search.ways))
     rows = [row for row in search.rows if row not in shots]
     tried, scores = [], []
     for way in search.ways:

@@ -91,7 +91,7 @@ def score_lines(found: dict[str, Any]) -> list[str]:
         p = "" if compared["p"] is None else f", p = {compared['p']:.2g}"
         verdict = f"{compared['verdict']}  ({compared['test']}{p})" if compared["verdict"] else "-"
         lines.append(f"{name:<19}{_score(found['base'][name]):<30}{_score(one):<30}{difference:<34}{verdict}")
-    return [*lines, *_conclusion(found["comparison"])]
+    return [*lines, *conclusion(found["comparison"])]
 
 
 def _score(one: dict[str, Any]) -> str:
@@ -101,8 +101,8 @@ def _score(one: dict[str, Any]) -> str:
     return f"{one['value']:.4g} ({low:.4g} to {high:.4g})"
 
 
-def _conclusion(compared: dict[str, dict[str, Any]]) -> list[str]:
-    """Say plainly where the tuned model does not win."""
+def conclusion(compared: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the lines that say of `comparisons` plainly where the tuned model does not win."""
     named = {}
     for verdict in ("wins", "loses", "undecided"):
         named[verdict] = ", ".join(name for name, one in compared.items() if one["verdict"] == verdict)
