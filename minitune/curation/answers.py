@@ -27,6 +27,7 @@ KNOWN = 0.9  # share of rows that a source's labels must cover
 BALANCED = 0.75  # of the greatest entropy; two labels at 79% and 21%
 NEARLY = 0.9  # Jaccard similarity of words of two questions that ask the same
 ECHO, QUOTE = 6, 10  # words: of an opening that is repeated, of an answer or question that is found whole
+LEAKED, CHANCE = 0.3, 0.05  # share of prompts that name their label alone; of those, as many may name another
 MOST = 0.5  # share of an instruction's rows from which copying is the task
 _MARK = re.compile(
     r"\b(?:answer|output|label|response|solution|sentiment|class|category|target|expected|result|verdict|rating)"
@@ -177,7 +178,7 @@ def _leaks(found: Sequence[View], task: set[View], labelled: Sequence[tuple[list
         named = {view: {label for label in labels if _names(view.question, label)} for view in source}
         own = [view for view, names in named.items() if names == {view.label}]
         other = sum(len(names) == 1 and names != {view.label} for view, names in named.items())
-        if len(labels) > 1 and len(own) >= MOST * len(source) and other <= len(own) / 10:
+        if len(labels) > 1 and len(own) >= LEAKED * len(source) and other <= CHANCE * len(own):
             what = (
                 f"in {len(own):,} of {len(source):,} prompts the only label named is the answer, as in {own[0].origin}"
             )

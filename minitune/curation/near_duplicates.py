@@ -12,8 +12,9 @@ One changed word of n costs 2 x shingle of the n + 1 shingles both texts have to
 see one changed word in texts from 29 words on, shingles of 5 from 49 on.
 
 Rows made from one template have its words in common and are no duplicates. Shingles that more than a tenth of all texts
-have (and at least 20 texts) are therefore not counted. The packages datasketch and rensa were rejected: their
-estimate would have to be checked by sets anyway, datasketch takes minutes here, and numpy does it in seconds.
+have (and at least 20 texts) are therefore not counted. Two packages were tried on 5,000 rows of 100 words: datasketch
+takes 2.6 times as long as this, rensa a quarter (CPU, one core). Neither was taken: what they propose would have to be
+checked by sets all the same, they know nothing of templates, and 100,000 such rows take this 14 seconds.
 """
 
 import re
