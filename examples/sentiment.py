@@ -229,7 +229,8 @@ class Measured:
             return classification_metrics([row.label for row in rows], predicted, LABELS)
 
         search = Search(tuple(ways()), tuple(self.splits["validation"]))
-        best = choose(search, measure, chat=True, shots=examples(self.splits["train"], SHOTS), say=print)
+        shots = examples(sorted(self.splits["train"], key=lambda row: LABELS.index(row.label)), SHOTS)
+        best = choose(search, measure, chat=True, shots=shots, say=print)
         tried = {title: scores["accuracy"] for title, scores in best.tried}
         rows = [best.ask(row, chat=True) for row in self.splits["test"]]
         return {"prompt": best.way.title, "prompts_tried": tried} | self._measure(model, tokenizer, rows)
@@ -272,18 +273,21 @@ def finish(
 ) -> None:
     """Write results.json, print the table, who wins, the places and the command to go on with."""
     from minitune.evaluation.classification import classification_metrics
-    from minitune.evaluation.scores import comparisons, conclusion
+    from minitune.evaluation.scores import conclusion, report
 
-    metrics = [classification_metrics(labels, part["predicted"], LABELS) for part in (tuned, base)]
+    sides = [({"rows": part["rows"]}, classification_metrics(labels, part["predicted"], LABELS))
+             for part in (tuned, base)]  # fmt: skip
+    measured = report(*sides)
     parts = (base, trained, tuned)
     seconds = sum(part["wall_seconds"] for part in parts)
     peak = max(part["peak_rss_mb"] for part in parts)
     result = {
-        "base": base, "tuned": tuned, "comparison": comparisons(*metrics), "seconds": round(seconds, 1),
+        "base": base, "tuned": tuned, "comparison": measured["comparison"], "seconds": round(seconds, 1),
         "peak_rss_mb": peak, "steps": trained["steps"], "target_tokens": trained["target_tokens"],
     }  # fmt: skip
     with atomic_file(folder / "results.json") as place:
         write_json(place, result)
+    _into_report(Path(plan.output), config, measured, base, tuned)
     print("\n".join([table(base, tuned), *conclusion(result["comparison"])]))
     files = json.loads((Path(plan.output) / "data.json").read_text(encoding="utf-8"))
     tokens = sum(file["training_tokens"] for file in files) * (plan.epochs or 1)
@@ -293,6 +297,22 @@ def finish(
     print(f"written: {folder}/results.json, data in {folder}/data, training run and report in {plan.output}")
     print(f"chat with it: python -m minitune.generate --model {config.model} --adapter {trained['result']} --chat"
           f' --system "{QUESTION}"')  # fmt: skip
+
+
+def _into_report(run: Path, config: DemoConfig, measured: dict[str, Any], base: dict, tuned: dict) -> None:
+    """Put what was measured into the training's report, in the form in which `minitune.evaluate` has it."""
+    from minitune.reporting.record import EVALUATIONS
+    from minitune.reporting.report import write_report
+
+    text = {"kind": "perplexity", "tokens": tuned["perplexity_tokens"],
+            "value": tuned["perplexity"], "base": base["perplexity"]}  # fmt: skip
+    result = {
+        "model": config.model, "adapter": str(run / "adapter"), "base": f"{config.model}, asked by: {base['prompt']}",
+        "classification": measured, "forgetting": {"sets": {"wiki-demo": text}, "verdict": None},
+    }  # fmt: skip
+    with atomic_file(run / EVALUATIONS / "test.json") as place:
+        write_json(place, result)
+    write_report(run)
 
 
 def table(base: dict[str, Any], tuned: dict[str, Any]) -> str:
