@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     left = [case for case in chosen if again or "ours" not in results["cases"].get(case.name, {})]
     try:
         if left:
-            with Worker("prepare", {"model": options.model}, options.cache) as worker:
+            reviews = any(case.kind == "classify" for case in left)
+            with Worker("prepare", {"model": options.model, "reviews": reviews}, options.cache) as worker:
                 worker.ready()
             _measure_all(left, options, results, path)
     except WorkerError as error:

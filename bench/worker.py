@@ -327,7 +327,8 @@ def main() -> None:
     channel = Channel()
     if side == "prepare":
         prepare(fields["model"], cache)
-        prepare_reviews(cache)
+        if fields["reviews"]:
+            prepare_reviews(cache)
         return channel.wait()
     if side == "probe":
         return probe(None, cache, channel)
