@@ -327,7 +327,7 @@ def main() -> None:
     channel = Channel()
     if side == "prepare":
         prepare(fields["model"], cache)
-        if fields["reviews"]:
+        if fields.get("reviews"):
             prepare_reviews(cache)
         return channel.wait()
     if side == "probe":
