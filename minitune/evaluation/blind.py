@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minitune.endpoint import Reply
-from minitune.errors import DataError, counted
+from minitune.errors import CheckpointError, DataError, counted
 from minitune.evaluation.answers import Duel, shown_answer
 from minitune.evaluation.wins import Outcome, Share, count_wins, longer_wins
 from minitune.files import atomic_file, read_json, write_json
@@ -90,16 +90,16 @@ def write_key(path: str | Path, key: Key) -> None:
 
 def read_key(path: str | Path) -> Key:
     """Return the key of a file; raises DataError where it is none, or was changed after the page was made."""
-    content = read_json(Path(path))
-    ballot = content.pop("ballot", None)
     try:
+        content = read_json(Path(path))
+        ballot = content.pop("ballot")
         pairs = [
             Duel(one["prompt"], *(Reply(**one[side]) for side in ("tuned", "base"))) for one in content.pop("duels")
         ]
         order = tuple((place, first) for place, first in content.pop("order"))
         key = Key(**content, duels=tuple(pairs), order=order)
         same = ballot_id(key.items, CHOICES) == ballot and len(dict(order)) == len(order) and min(dict(order)) >= 0
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+    except (CheckpointError, KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise DataError(f"{path}: not the key of a blind comparison; give the file that --blind.key made") from None
     if not same:
         raise DataError(f"{path}: the answers in it are not those of its ballot {ballot}; make the comparison again")

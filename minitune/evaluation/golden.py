@@ -126,7 +126,8 @@ def _expected(found: Any, origin: str, path: Path) -> dict[str, Any]:
             check_pattern(pattern)
         schema = _schema(found["schema"], origin, path) if "schema" in found else None
     except (ConfigError, OSError) as error:
-        raise RowError(origin, f"an expectation that cannot be tested: {error}", "correct it") from None
+        problem, _, remedy = str(error).rpartition("; ")
+        raise RowError(origin, f"an expectation that cannot be tested ({problem or remedy})", "correct it") from None
     judge = found.get("judge")
     if "judge" in found and (not isinstance(judge, str) or not judge.strip()):
         raise RowError(origin, "'judge' is no text", "write what a good answer does")

@@ -163,6 +163,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         result.append(f"{'':<12}no verdict: {kind}, {count}" + (f" (as: {example})" if example else ""))
     if "scores" in found:
         result += score_lines(found)
+    if not found["judged"]:
+        return result
     if "position_bias" in found:
         result += [
             f"place       {share_text(found['position_bias'])} follow the place, not the answer; "

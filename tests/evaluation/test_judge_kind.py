@@ -8,7 +8,7 @@ import pytest
 
 from minitune import evaluate
 from minitune.checkpoint.load import load_model, load_tokenizer
-from minitune.errors import CheckpointError, ConfigError, DataError
+from minitune.errors import ConfigError, DataError
 from minitune.evaluation import blind
 from minitune.evaluation.judge import differences
 from minitune.evaluation.rubric import read_rubric
@@ -141,7 +141,7 @@ def test_a_local_judge_by_probabilities_and_by_words(files, roomy, capsys):
         (("--judge.model", "m", "--judge.prompts", "p", "--judge.key", "k"), "leave one of them out"),
         (("--judge.model", "m", "--judge.prompts", "p", "--judge.votes", "v"), "name its key with --judge.key"),
         (("--judge.model", "m", "--judge.prompts", "p"), "judge.by pairs compares two models, and there is one"),
-        (("--judge.model", "m", "--judge.key", "none.json"), "none.json does not exist"),
+        (("--judge.model", "m", "--judge.key", "none.json"), "none.json: not the key of a blind comparison"),
         (("--judge.model", "m", "--judge.key", "k", "--judge.max_missing", "2"), "must be a share, 0 to 1"),
         (("--judge.model", "m", "--judge.key", "k", "--judge.rubric", "none.md"), "rubric none.md cannot be read"),
         (("--judge.model", "m", "--judge.key", "k", "--judge.read", "probabilities", "--judge.by", "scores"),
@@ -155,5 +155,5 @@ def test_options_that_make_no_sense_together(options, line, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("Hello\n")
     fixed = ["p.txt" if option == "p" else option for option in options]
-    with pytest.raises((ConfigError, CheckpointError), match=line):
+    with pytest.raises((ConfigError, DataError), match=line):
         run(*fixed)
