@@ -16,17 +16,17 @@ from typing import Any
 
 from bench.seeds import complete
 
-SIZES = {"train_rows": 900, "validation_rows": 48, "test_rows": 400, "perplexity_tokens": 16384}
+SIZES = {"train_rows": 480, "validation_rows": 24, "test_rows": 400, "perplexity_tokens": 8192}
 COMMON = "--max_length 192 --batch_size 3 --accumulation_steps 1 --evaluation.every_steps 1000 --evaluation.samples 0"
 LORA = "--lora.rank 16 --lora.alpha 32 --optimizer.learning_rate 1e-3"
 FULL = "--method full --optimizer.learning_rate 3e-5"
-EWC = "--penalty ewc --penalty.text c4-demo --penalty.tokens 16384"
+EWC = "--penalty ewc --penalty.text c4-demo --penalty.tokens 8192"
 VARIANTS: dict[str, str | None] = {  # None: the model as it is
     "base": None,
     "LoRA": LORA,
-    "LoRA, rehearsal 20%": f"{LORA} --rehearsal alpaca-en-demo --truncate drop",
     "Fisher information, LoRA": f"{LORA} {EWC}",
     "LoRA, EWC 100": f"{LORA} {EWC} --penalty.strength 100",
+    "LoRA, rehearsal 20%": f"{LORA} --rehearsal alpaca-en-demo --truncate drop",
     "LoRA, L2 0.01": f"{LORA} --penalty l2 --penalty.strength 0.01",
     "LoRA, lower half frozen": f"{LORA} --freeze_layers 15",
     "LoRA, EWC 1000": f"{LORA} {EWC} --penalty.strength 1000",
@@ -65,7 +65,7 @@ def measure(variant: str, seed: int, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"threads": torch.get_num_threads()}
     options = VARIANTS[variant]
     if options is None:
-        return result | Measured(model, splits, text, config).tuned(None)
+        return result | general_loss(model, text)
     for name in ("alpaca-en-demo", "c4-demo"):
         fetch(name)
     words = f"{options} {COMMON} --model {config.model} --data {files['train']} --seed {seed} --overwrite"
@@ -79,6 +79,18 @@ def measure(variant: str, seed: int, folder: Path) -> dict[str, Any]:
     adapter = trained.result if trained.result.name == "adapter" else None
     measured = Measured(model if adapter else trained.result, splits, text, config)
     return result | measured.tuned(adapter)
+
+
+def general_loss(model: Path, text: Path) -> dict[str, Any]:
+    """Return the perplexity of general text under a model as it is, as `examples.sentiment` measures it."""
+    from examples.sentiment import WINDOW
+    from minitune.evaluation.perplexity import perplexity
+    from minitune.loading import ModelOptions
+
+    known, tokenizer = ModelOptions(model=str(model)).load()
+    tokens = SIZES["perplexity_tokens"]
+    found = perplexity(known, tokenizer, text.read_text(encoding="utf-8"), window=WINDOW, max_tokens=tokens)
+    return {"perplexity": found.perplexity}
 
 
 def make_information(plan: Any) -> dict[str, Any]:
@@ -109,7 +121,9 @@ def table(runs: list[dict[str, Any]], wanted: int) -> str:
         reached, kept, share = "", "", ""
         if "accuracy" in found:
             low, high = found["accuracy_interval"]
-            reached, kept = f"{found['accuracy']:.1%} ({low:.1%} to {high:.1%})", f"{found['perplexity']:.2f}"
+            reached = f"{found['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+        if "perplexity" in found:
+            kept = f"{found['perplexity']:.2f}"
             share = f"{found['perplexity'] / base[found['seed']] - 1:+.1%}" if found["seed"] in base else ""
         pace = f"{found['seconds'] / found['steps']:.2f}" if "steps" in found else ""
         pace = pace or (f"{found['seconds']:.0f} s in all" if "seconds" in found else "")

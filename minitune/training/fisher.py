@@ -18,22 +18,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
-from minitune.data.batching import collate, shuffled
-from minitune.data.examples import Example, survey_examples
-from minitune.data.formats import read_records
-from minitune.errors import DataError
+from minitune.data.batching import collate
+from minitune.data.examples import Example
 from minitune.losses.sft import sft_loss
 from minitune.model.linear import QuantizedWeight
 from minitune.model.transformer import Transformer
 from minitune.ops.precision import wide_dtype, widen
 from minitune.training.objectives import final_hidden, to_device
 
-WINDOW = 256  # tokens of general text in a backward pass
 ROWS = 128  # positions whose probabilities are made at a time
 
 Weight = nn.Parameter | QuantizedWeight
@@ -120,32 +116,3 @@ def draw_tokens(model: Transformer, hidden: torch.Tensor, generator: torch.Gener
     """Return a token (n,) drawn from the model's own distribution at each hidden state (n, D)."""
     parts = [widen(model.logits(part)).softmax(-1) for part in hidden.split(ROWS)]
     return torch.cat([part.multinomial(1, generator=generator).squeeze(1) for part in parts])
-
-
-def general_examples(text: str, tokenizer: Any, tokens: int, longest: int) -> list[Example]:
-    """Return windows of a file of general text, in a drawn order that is always the same, with `tokens` targets.
-
-    Texts are cut into windows; a row of another kind that is longer than one is left out.
-
-    Raises:
-        DataError: a row cannot be used, or the file has fewer targets.
-    """
-    records, found, count = read_records(text), [], 0
-    for place in shuffled(len(records), "general text"):
-        if count >= tokens:
-            break
-        survey = survey_examples([records[place]], tokenizer, max_length=min(WINDOW, longest), truncate="split",
-                                 train_on="all")  # fmt: skip
-        survey.over_long.clear()
-        if survey.errors:
-            raise DataError(str(survey.problem()))
-        found += survey.examples
-        count += sum(sum(example.targets) for example in survey.examples)
-    if count < tokens:
-        raise DataError(f"penalty.text {text} has {count:,} tokens to learn from; set penalty.tokens to that or less")
-    chosen, count = [], 0
-    for place in shuffled(len(found), "windows"):
-        if count < tokens:
-            chosen.append(found[place])
-            count += sum(found[place].targets)
-    return chosen

@@ -28,13 +28,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from minitune.data.general import general_examples
 from minitune.errors import ConfigError
 from minitune.model.adapters import LoRA
 from minitune.model.linear import Linear, QuantizedWeight
 from minitune.model.lora import linear_modules
 from minitune.model.transformer import Transformer
 from minitune.ops.precision import widen
-from minitune.training.fisher import diagonal_fisher, general_examples
+from minitune.training.fisher import diagonal_fisher
 from minitune.training.kept import digest, kept_tensors
 from minitune.training.optimizer import SLICE
 from minitune.training.options import PenaltyOptions

@@ -1,20 +1,17 @@
 """The Fisher information against autograd, closed forms and the definition, and the mistakes it must not be."""
 
-import json
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from minitune.checkpoint.load import load_model, load_tokenizer
+from minitune.checkpoint.load import load_model
 from minitune.data.examples import Example
-from minitune.errors import DataError
 from minitune.model.config import LoRAConfig, QuantizationConfig
 from minitune.model.linear import QuantizedWeight
 from minitune.model.lora import add_lora, linear_modules
-from minitune.training import fisher
-from minitune.training.fisher import diagonal_fisher, draw_tokens, general_examples, summed_squares
+from minitune.training.fisher import diagonal_fisher, draw_tokens, summed_squares
 
 PAD = 259
 
@@ -158,23 +155,3 @@ def test_a_quantised_weight_has_that_of_what_it_decodes_to(tiny_model):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-12)
     weights = [layer.weight for layer in linear_modules(quantised).values()]
     assert all(isinstance(w, QuantizedWeight) and w.tensor.on_gradient is None for w in weights)
-
-
-def test_rows_of_general_text_are_windows_in_a_fixed_order(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(fisher, "WINDOW", 32)
-    tokenizer, path = load_tokenizer(tiny_model), tmp_path / "general.jsonl"
-    rows = [{"text": f"row {n} " * 9} for n in range(20)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    chosen = general_examples(str(path), tokenizer, 200, 256)
-    assert 200 <= sum(sum(e.targets) for e in chosen) < 200 + 32
-    assert chosen == general_examples(str(path), tokenizer, 200, 256) and len({e.origin for e in chosen}) == len(chosen)
-    assert all(len(e.ids) <= 32 for e in chosen)
-    assert max(len(e.ids) for e in general_examples(str(path), tokenizer, 200, 16)) == 16
-    with pytest.raises(DataError, match=r"has [\d,]+ tokens to learn from; set penalty.tokens"):
-        general_examples(str(path), tokenizer, 100_000, 256)
-    path.write_text('{"prompt": "short", "completion": "answer"}\n{"prompt": "long", "completion": "' + "x" * 99 + '"}')
-    (answer,) = general_examples(str(path), tokenizer, 7, 256)
-    assert answer.targets.count(True) == 7 and "jsonl:1" in answer.origin, "an answer and its end; no row is cut"
-    path.write_text('{"text": "fine"}\n{"text": 3}')
-    with pytest.raises(DataError, match="general.jsonl:2"):
-        general_examples(str(path), tokenizer, 5, 256)

@@ -11,6 +11,7 @@ from torch import nn
 
 from minitune.checkpoint.load import load_model
 from minitune.errors import CheckpointError, ConfigError, DataError
+from minitune.memory import ledger
 from minitune.model.config import LoRAConfig
 from minitune.model.lora import add_lora, linear_modules
 from minitune.model.trainable import trainable_parameters
@@ -19,7 +20,7 @@ from minitune.safetensors_io import read_tensors
 from minitune.training import loop, penalty
 from minitune.training.config import LoRAOptions, OptimizerConfig, PenaltyOptions, TrainConfig
 from minitune.training.penalty import Penalty, held_weights
-from minitune.training.run import train
+from minitune.training.run import choose_parameters, train
 from tests.training.conftest import in_child, outcome, resumed, wait
 from tests.training.test_loop import RAGGED, collate, window_gradient
 from tests.training.test_resume import before_call
@@ -310,10 +311,34 @@ def test_what_would_be_ignored_is_refused(options, changes, said):
 def test_bad_texts_and_dora_are_refused_before_the_folder_is_made(make_config, general, tmp_path):
     short = dataclasses.replace(ewc(general, 1.0), tokens=10**6)
     for options, more, error, said in (
-        (short, {}, DataError, "has [0-9,]+ tokens to learn from; set penalty.tokens"),
+        (short, {}, DataError, "general.jsonl has [0-9,]+ tokens of general text, not the 1,000,000 of penalty.tokens"),
         (ewc(str(tmp_path / "none.txt"), 1.0), {}, DataError, "none.txt"),
         (PenaltyOptions("l2"), {"lora": LoRAOptions(dora=True)}, ConfigError, "a DoRA adapter"),
     ):
         with pytest.raises(error, match=said):
             train(make_config(penalty=options, **more))
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["ewc", "l2"])
+@pytest.mark.parametrize("options", [
+    {"method": "full"}, {"method": "last_layers", "last_layers": 1}, {"method": "lora"}, {"method": "qlora"},
+    {"method": "lora", "lora": LoRAOptions(init="pissa")},
+])  # fmt: skip
+def test_the_ledger_counts_what_a_penalty_keeps(tiny_model, options, kind):
+    """The tensors of a penalty as training makes it: starts, and F in bf16."""
+    config = TrainConfig(data="x", **options).resolved()
+    quantize = config.quantization.config() if config.method == "qlora" else None
+    model = load_model(tiny_model, dtype=torch.float32, quantize=quantize)
+    parameters = choose_parameters(model, config)
+    fisher = {n: torch.ones(w.shape, dtype=torch.bfloat16) for n, w in held_weights(model, parameters).items()}
+    made = Penalty(model, parameters, 1.0, fisher if kind == "ewc" else None)
+    kept = [part.fisher for part in made.parts if part.fisher is not None]
+    for part in made.parts:
+        kept += list(part.start) if isinstance(part.start, tuple) else [] if part.start is None else [part.start]
+    known = {"lora": config.lora.adapter()} if "lora" in config.method else {"last_layers": 1}
+    counted = ledger(model.config, config.method, 1, 8, dtype=torch.float32, penalty=kind, **known)
+    assert counted.penalty == sum(tensor.nbytes for tensor in kept)
+    assert (
+        counted.held - ledger(model.config, config.method, 1, 8, dtype=torch.float32, **known).held == counted.penalty
+    )
