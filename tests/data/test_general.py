@@ -20,7 +20,7 @@ def test_rows_of_general_text_are_windows_in_a_fixed_order(tiny_folder, tmp_path
     assert chosen == general_examples(str(path), tokenizer, 200, 256) and len({e.origin for e in chosen}) == len(chosen)
     assert all(len(e.ids) <= 32 for e in chosen)
     assert max(len(e.ids) for e in general_examples(str(path), tokenizer, 200, 16)) == 16
-    with pytest.raises(DataError, match=r"has [\d,]+ tokens of general text, not the 100,000 of penalty.tokens; lower that"):
+    with pytest.raises(DataError, match=r"has [\d,]+ tokens of general text, not the 100,000 of penalty.tokens"):
         general_examples(str(path), tokenizer, 100_000, 256)
     path.write_text('{"prompt": "short", "completion": "answer"}\n{"prompt": "long", "completion": "' + "x" * 99 + '"}')
     (answer,) = general_examples(str(path), tokenizer, 7, 256)
