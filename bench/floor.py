@@ -1,15 +1,6 @@
 """How fast a step could be: its floating-point operations over the matmul rate that this machine reaches.
 
-With N tokens, P weights in the linear layers, R the adapters' rank, V the vocabulary, M target tokens:
-
-    base       2 P N forward, 2 P N for the gradient of the input, and 2 P N for that of the weights if they train
-    adapters   2 R (in + out) N for each layer, three times: forward, input, weights
-    attention  2 matmuls of 2 H d pairs each forward, 5 backward (the scores are made again), pairs = T (T + 1) / 2
-    head       2 V D M forward, as much for its input, as much for its weight if it trains
-    reference  base, attention and head forward once more, where another model's log-probabilities are needed
-
-What is not needed is left out: the input gradient of the first layer's q, k, v under LoRA, and with checkpointing
-the second making of each layer's result.
+They are those of `minitune/planning/flops.py`: what is not needed is left out.
 A floor made of the sum of the parts' measured times was rejected: it would call slow kernels unavoidable.
 """
 
@@ -18,13 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.cases import RANK
-
-
-def _linears(config: Any) -> list[tuple[int, int]]:
-    """Return (in, out) of the seven linear layers of one block: q, k, v, o, gate, up, down."""
-    width, inner = config.hidden_size, config.intermediate_size
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return [(width, heads), (width, kv), (width, kv), (heads, width), (width, inner), (width, inner), (inner, width)]
+from minitune.planning import flops
 
 
 def step_flops(
@@ -51,22 +36,10 @@ def step_flops(
         attention_backward: matmuls of its backward pass; 4 where the probabilities are kept.
         reference: whether the model runs forward once more, without adapters.
     """  # fmt: skip
-    tokens, layers, linears = sum(lengths), config.num_layers, _linears(config)
-    pairs = sum(n * (n + 1) / 2 if causal else n * n for n in lengths)
-    base = 2 * tokens * sum(a * b for a, b in linears)
-    adapters = 0 if full else 2 * tokens * rank * sum(a + b for a, b in linears)
-    attention = 2 * config.num_heads * config.head_dim * pairs  # one matmul
-    forward = layers * (base + adapters + 2 * attention)
-    backward = layers * ((2 if full else 1) * base + 2 * adapters + attention_backward * attention)
-    if not full:
-        backward -= 2 * tokens * sum(a * (b + rank) for a, b in linears[:3])
-    again = 0.0
-    if checkpointing:  # all but the layer's last result, which no gradient needs
-        inner, width = linears[-1]
-        again = forward - layers * 2 * tokens * width * (inner + (0 if full else rank))
-    head = 2 * targets * config.vocab_size * config.hidden_size
-    other = layers * (base + 2 * attention) + head if reference else 0.0
-    return forward + again + backward + (3 if full else 2) * head + other
+    return flops.step_flops(
+        config, lengths, targets, method="full" if full else "lora", rank=rank, checkpointing=checkpointing,
+        causal=causal, attention_backward=attention_backward, reference=reference,
+    )  # fmt: skip
 
 
 def generation_seconds(
@@ -76,7 +49,7 @@ def generation_seconds(
 
     `rate` is in flop/s, `bandwidth` in bytes/s.
     """
-    weights = config.num_layers * sum(a * b for a, b in _linears(config)) + config.vocab_size * config.hidden_size
+    weights = config.num_layers * sum(a * b for a, b in flops.linears(config)) + config.vocab_size * config.hidden_size
     return 2 * weights * prompt / rate + (new - 1) * weights * bytes_per_weight / bandwidth
 
 

@@ -19,9 +19,9 @@ from bench.parts import part_of
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}  # fmt: skip
 OURS = SimpleNamespace(vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
-                       head_dim=8)  # fmt: skip
+                       head_dim=8, gated=True, windows=())  # fmt: skip
 SMOLLM2 = SimpleNamespace(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
-                          num_kv_heads=3, head_dim=64)  # fmt: skip
+                          num_kv_heads=3, head_dim=64, gated=True, windows=())  # fmt: skip
 LORA = Case("x", "", "peft", time_least=0.5, time_aim=0.4)
 
 
