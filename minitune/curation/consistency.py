@@ -22,6 +22,7 @@ from minitune.errors import counted
 USUAL = 0.6  # share from which a value is what the rows have in common
 USUAL_SHAPE = 0.8  # of a whole source, whose instructions may differ
 OFTEN = 0.3  # share from which the end of a prompt is a separator, where its characters don't say so
+TAIL = 40  # characters in which a stop sequence ends an answer
 VARIETY = 5  # system prompts; more are hardly an oversight
 SPEAKS = 0.2  # share of answers that say "I" from which a source speaks in the first person
 
@@ -177,13 +178,13 @@ def _leading(sources: Sequence[list[View]]) -> list[Finding]:
 def _stops(sources: Sequence[list[View]]) -> list[Finding]:
     """Report answers that end in another stop sequence than most, and end-of-turn tokens written as text."""
     findings = []
-    odd, usual = _unlike(sources, lambda view: found[0] if (found := _STOP.search(view.answer)) else "")
+    odd, usual = _unlike(sources, lambda view: found[0] if (found := _STOP.search(view.answer[-TAIL:])) else "")
     if odd:
         end = f"most answers end in {usual!r}" if usual else "most answers end without a stop sequence"
         example = quoted(odd[0].answer[-12:])
         remedy = "end every answer alike; the end-of-turn token is added to each"
         findings.append(finding("mixed_stop_sequences", "warning", odd, f"{end}, these otherwise ({example})", remedy))
-    written = [view for source in sources for view in source if _CONTROL.search(view.answer)]
+    written = [view for source in sources for view in source if _CONTROL.search(view.answer[-TAIL:])]
     if written:
         what = f"an end-of-text token written as text, such as {quoted(_CONTROL.search(written[0].answer)[0])}"
         remedy = "remove it: it would be learned as letters, and the real token is added anyway"

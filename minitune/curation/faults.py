@@ -41,6 +41,7 @@ _CONTROL = re.compile(
     r"|(?<=[\u0000-\u024f])[\u200c\u200d]|[\u200c\u200d](?=[\u0000-\u024f])"  # joiners where nothing joins
     r"|[\u202d\u202e]|(?<!\U0001f3f4)(?<![\U000e0020-\U000e007f])[\U000e0001-\U000e007f]+"  # overrides, hidden letters
 )
+_WHITE = {ord(char): " " for char in "\t\n\r"}
 _DIRECTIONS = re.compile(r"[\u200e\u200f\u061c\u202a-\u202c\u2066-\u2069]")  # belong in right-to-left text only
 _BOILERPLATE = re.compile(
     r"\bas an? (?:ai|artificial intelligence|large language|language)(?: language)?[- ](?:model|assistant)\b"
@@ -54,12 +55,18 @@ _BOILERPLATE = re.compile(
     r"|\bterms of (?:use|service) and privacy|\blorem ipsum\b|^\s*(?:advertisement|sponsored content)\s*$",
     re.IGNORECASE | re.MULTILINE,
 )
-_LOST = re.compile(r".{0,10}\ufffd.{0,10}")
+_TELLING = (  # every phrase above has one of these
+    "as an ai", "as an artificial", "as a l", "my knowledge", "my training", "regenerate", "chatgpt", "m an ai",
+    "cookie", "click here", "subscribe", "newsletter", "rights reserved", "skip to", "enable javascript",
+    "back to top", "read more", "share ", "terms of", "lorem", "advertisement", "sponsored",
+)  # fmt: skip
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^`\n]*$", re.MULTILINE)
 _DOUBLED = re.compile(r"^[ \t]*(?:```|~~~)\w+[ \t]*\n[ \t]*(?:```|~~~)\w+[ \t]*$", re.MULTILINE)
 
 
 def _control_in(text: str) -> str | None:
+    if text.isascii() and text.translate(_WHITE).isprintable():
+        return None
     found = _CONTROL.search(text) or (None if _right_to_left(text) else _DIRECTIONS.search(text))
     if found and found[0] >= "\x80" and (mended := repair_mojibake(text)) != text:
         return _control_in(mended)  # what is left once bytes are read rightly
@@ -110,10 +117,32 @@ def repair_tracking(text: str) -> str:
 
 def _fences_in(text: str) -> str | None:
     """Return what is wrong with a text's code fences: opened twice, or left open."""
+    if not _holding(text, "```", "~~~"):
+        return None
     if doubled := _DOUBLED.search(text):
         return doubled[0]
     marks = _FENCE.findall(text)
     return "a fence that is never closed" if len(marks) % 2 and len(set(marks)) == 1 else None
+
+
+def _holding(text: str, *parts: str) -> bool:
+    """Tell whether a text has one of some parts: a quick look before a slow pattern."""
+    return any(part in text for part in parts)
+
+
+def _lost_in(text: str) -> str | None:
+    place = text.find("\ufffd")
+    return None if place < 0 else text[max(place - 10, 0) : place + 11]
+
+
+def _tracking_in(text: str) -> str | None:
+    found = _TRACKING.search(text) if _holding(text, "?", "&") else None
+    return found and found[0]
+
+
+def _boilerplate_in(text: str) -> str | None:
+    found = _BOILERPLATE.search(text) if _holding(text.casefold(), *_TELLING) else None
+    return found and found[0]
 
 
 def _first(
@@ -121,10 +150,6 @@ def _first(
 ) -> Callable[[Any], str | None]:
     """Return the search of a row for the first of its texts in which `look` finds something."""
     return lambda row: next(filter(None, map(look, texts(row))), None)
-
-
-def _matched(pattern: re.Pattern) -> Callable[[str], str | None]:
-    return lambda text: found[0] if (found := pattern.search(text)) else None
 
 
 def _mojibake_in(text: str) -> str | None:
@@ -155,19 +180,19 @@ FAULTS = {  # repairs are done in this order
         "read the source as UTF-8 again, or repair", repair_mojibake,
     ),
     "replacement_character": Fault(
-        "warning", "U+FFFD in place of characters that were lost", _first(_matched(_LOST)),
+        "warning", "U+FFFD in place of characters that were lost", _first(_lost_in),
         "read the source in its own encoding again, or remove the rows",
     ),
     "markup": Fault("warning", "HTML tags or entities", _markup_in, "repair, if it is not the subject", repair_markup),
     "tracking": Fault(
-        "note", "links with tracking parameters", _first(_matched(_TRACKING)), "repair, so that none are learned",
+        "note", "links with tracking parameters", _first(_tracking_in), "repair, so that none are learned",
         repair_tracking,
     ),
     "control_character": Fault(
         "warning", "control, zero-width or direction characters", _first(_control_in), "repair", repair_control
     ),
     "boilerplate": Fault(
-        "warning", "phrases of web pages or chatbots in what is learned", _first(_matched(_BOILERPLATE), answers_of),
+        "warning", "phrases of web pages or chatbots in what is learned", _first(_boilerplate_in, answers_of),
         "read them; rewrite or remove the rows",
     ),
     "code_fence": Fault(

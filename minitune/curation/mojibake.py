@@ -25,7 +25,7 @@ _TYPOGRAPHY = set("‘’“”–—…‚„‹›«»\u00a0™")  # stands af
 
 def find_mojibake(text: str) -> tuple[str, str] | None:
     """Return (as it is, as it was meant) of the first such run of a text, or None."""
-    for run in _RUN.finditer(text):
+    for run in () if text.isascii() else _RUN.finditer(text):
         meant = _undone(run)
         if meant != run[0]:
             return run[0], meant
