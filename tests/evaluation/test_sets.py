@@ -120,3 +120,13 @@ def test_the_real_sets_have_the_rows_that_they_promise():
     assert [len(sets.rows_of(name)) for name in ("aclsum", "aclsum:validation", "aclsum:train")] == [300, 150, 300]
     assert [len(sets.requests_of(name)) for name in ("donotanswer", "harmbench")] == [939, 200]
     assert all(len(sets.rows_of(f"rotten_tomatoes:{part}")) > 700 for part in sets.PARTS)
+
+
+@pytest.mark.real
+def test_the_real_gym_verifies_its_own_answers_alone():
+    pytest.importorskip("reasoning_gym", reason="pip install minitune[reasoning]")
+    for name in ("reasoning-gym:chain_sum", "reasoning-gym:syllogism:validation"):
+        rows, verify = sets.rows_of(name)[:20], sets.verifier_of(name)
+        assert all(verify(row, row.messages[-1]["content"]) == 1 for row in rows)
+        assert all(verify(row, "I do not know.") < 1 for row in rows)
+    assert len(sets.rows_of("reasoning-gym:chain_sum:train")) > 150
