@@ -108,6 +108,10 @@ def test_whole_run_then_again(stage, tmp_path, monkeypatch, capsys):
     assert result["comparison"]["accuracy"]["test"] == "McNemar's exact test"
     assert "the tuned model does" in printed or "the tuned model wins" in printed
     assert "format compliance" in printed and "minitune.generate --model" in printed
+    report = (tmp_path / "run/train/report.md").read_text()
+    before, after = (f"{result[part]['accuracy']:.4g} (" for part in ("base", "tuned"))
+    assert f"| test, classification: accuracy | {before}" in report and f") | {after}" in report
+    assert f"{result['base']['perplexity']:.4g} | {result['tuned']['perplexity']:.4g}" in report
     # Again: nothing is done, the same table.
     monkeypatch.setattr(training, "train", no_work)
     monkeypatch.setattr(sentiment.Measured, "base", no_work)
