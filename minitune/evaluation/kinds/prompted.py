@@ -53,7 +53,8 @@ def prompt_lines(kind: str, found: dict[str, Any]) -> list[str]:
     lines = [f"{kind:<12}{data['set']} ({data['licence']})"] if "set" in data else []
     asked = (found.get("base_answers") or found.get("answers") or found).get("prompt")
     if asked is None:
-        return lines
+        plain = "base asked  as the rows ask; with --validation rows it is asked in its best way"
+        return [*lines, *[plain] * ("base" in found)]
     name, tried = asked["name"], asked["tried"]
     if tried:
         (metric, value), *_ = tried[name].items()
