@@ -78,7 +78,8 @@ def measure(variant: str, seed: int, folder: Path) -> dict[str, Any]:
     result |= {"command": options, "best_loss": trained.best_loss, "base_loss": trained.base_loss}
     adapter = trained.result if trained.result.name == "adapter" else None
     measured = Measured(model if adapter else trained.result, splits, text, config)
-    return result | measured.tuned(adapter)
+    found = measured.tuned(adapter)
+    return result | {name: value for name, value in found.items() if name != "predicted"}
 
 
 def general_loss(model: Path, text: Path) -> dict[str, Any]:
