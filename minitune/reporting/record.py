@@ -84,7 +84,8 @@ def read_run(folder: Path) -> Run:
     try:
         options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{folder / 'config.yaml'}: broken YAML ({error}); the run's folder is damaged") from None
+        found = " ".join(str(error).split())
+        raise ConfigError(f"{folder / 'config.yaml'}: broken YAML ({found}); the run's folder is damaged") from None
     if not isinstance(options, dict) or not {"model", "objective", "method", "optimizer"} <= options.keys():
         raise ConfigError(f"{folder / 'config.yaml'} holds no options of a training run; name the --output of one")
     lines = [line for line in read_metrics(folder) if isinstance(line, dict) and isinstance(line.get("step"), int)]

@@ -172,41 +172,45 @@ def memorised_by_all_weights(world):
 
 @fault("over-fitting")
 def memorised_by_an_adapter(world):
-    rows = world.rows(64, "b", unlearnable(world))
-    return trained(world.config("memorised2", rows, rate=2e-2, epochs=25.0, batch_size=8, lora=LoRAOptions(rank=16)))
+    rows = world.rows(80, "b", unlearnable(world))
+    return trained(
+        world.config(
+            "memorised2",
+            rows,
+            rate=1e-2,
+            epochs=15.0,
+            lora=LoRAOptions(rank=16),
+            schedule=ScheduleConfig(kind="constant"),
+        )
+    )
 
 
 @fault("learning rate too high")
 def rate_too_high(world):
-    return trained(world.config("high", world.rows(120), rate=0.5))
+    return trained(world.config("high", world.rows(100), rate=0.5))
 
 
 @fault("learning rate too high")
 def rate_too_high_for_all_weights(world):
-    return trained(world.config("high2", world.rows(120), method="full", rate=0.1))
+    return trained(world.config("high2", world.rows(100), method="full", rate=0.1))
 
 
 @fault("divergence")
 def diverged(world):
     optimizer = {"max_grad_norm": None}
     schedule = ScheduleConfig(kind="constant", warmup=0.1)
-    config = world.config("diverged", world.rows(120), method="full", rate=5.0, optimizer=optimizer, schedule=schedule)
+    config = world.config("diverged", world.rows(100), method="full", rate=5.0, optimizer=optimizer, schedule=schedule)
     return trained(config)
 
 
 @fault("learning rate too low")
 def rate_too_low(world):
-    return trained(world.config("low", world.rows(120), rate=1e-7))
+    return trained(world.config("low", world.rows(100), rate=1e-7))
 
 
 @fault("learning rate too low")
 def rate_too_low_for_all_weights(world):
-    return trained(world.config("low2", world.rows(120), method="full", rate=1e-8))
-
-
-@fault("divergence")
-def gradient_without_bound(world):
-    return trained(world.config("unbounded", world.rows(120), rate=1e4))
+    return trained(world.config("low2", world.rows(100), method="full", rate=1e-8))
 
 
 @fault("EOS never learned")
@@ -219,27 +223,27 @@ def ends_masked(world):
         return dataclasses.replace(example, targets=(*example.targets[:last], False, *example.targets[last + 1 :]))
 
     with mock.patch.object(examples, "encode_record", masked):
-        return trained(world.config("masked", world.rows(120)))
+        return trained(world.config("masked", world.rows(100)))
 
 
 @fault("template mismatch")
 def template_of_another_family(world):
     rows = [chat(f"[INST] {row['messages'][0]['content']} [/INST]", row["messages"][1]["content"])
-            for row in world.rows(120)]  # fmt: skip
+            for row in world.rows(100)]  # fmt: skip
     return trained(world.config("mistral", rows))
 
 
 @fault("template mismatch")
 def template_written_into_texts(world):
     rows = [{"text": "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in row["messages"])}
-            for row in world.rows(120)]  # fmt: skip
+            for row in world.rows(100)]  # fmt: skip
     return trained(world.config("chatml", rows, max_length=256))
 
 
 @fault("template mismatch")
 def template_of_alpaca_in_prompts(world):
     rows = [{"prompt": f"### Instruction:\n{row['messages'][0]['content']}\n\n### Response:\n",
-             "completion": row["messages"][1]["content"]} for row in world.rows(120)]  # fmt: skip
+             "completion": row["messages"][1]["content"]} for row in world.rows(100)]  # fmt: skip
     return trained(world.config("alpaca", rows))
 
 
@@ -250,12 +254,12 @@ def a_dozen_rows(world):
 
 @fault("label imbalance")
 def nearly_all_no(world):
-    return trained(world.config("imbalance", world.rows(240, "c", label(world, 0.93)), batch_size=8, epochs=2.0))
+    return trained(world.config("imbalance", world.rows(160, "c", label(world, 0.93)), batch_size=8, epochs=2.0))
 
 
 @fault("label imbalance")
 def one_answer_to_all(world):
-    return trained(world.config("one", world.rows(160, "d", lambda draw, key: world.values[0])))
+    return trained(world.config("one", world.rows(100, "d", lambda draw, key: world.values[0])))
 
 
 @fault("duplicates")
@@ -273,7 +277,7 @@ def contradictory(world):
 
 @fault("validation rows in the training data")
 def leaked(world):
-    rows = world.rows(120)
+    rows = world.rows(100)
     return trained(world.config("leaked", rows, validation=world.write("leak.jsonl", rows[:20] + world.rows(20, "f"))))
 
 
@@ -282,19 +286,19 @@ def answers_cut(world):
     def answer(draw, key):
         return f"{world.answers[key]} {' '.join(draw.choices(world.values, k=draw.randint(1, 5)))}"[:30]
 
-    return trained(world.config("cut", world.rows(200, "g", answer), epochs=3.0))
+    return trained(world.config("cut", world.rows(120, "g", answer), epochs=3.0))
 
 
 @fault("rows cut to fit")
 def rows_left_out(world):
-    rows = world.rows(120) + [chat("long " * 40 + row["messages"][0]["content"], row["messages"][1]["content"])
+    rows = world.rows(100) + [chat("long " * 40 + row["messages"][0]["content"], row["messages"][1]["content"])
                               for row in world.rows(60, "h")]  # fmt: skip
     return trained(world.config("dropped", rows, truncate="drop"))
 
 
 @fault("rows cut to fit")
 def prompts_cut(world):
-    rows = [chat(row["messages"][0]["content"] + " so" * 40, row["messages"][1]["content"]) for row in world.rows(120)]
+    rows = [chat(row["messages"][0]["content"] + " so" * 40, row["messages"][1]["content"]) for row in world.rows(90)]
     return trained(world.config("shortened", rows, truncate="prompt"))
 
 
@@ -302,7 +306,7 @@ def prompts_cut(world):
 def language_forgotten(world):
     general = world.write("general.txt", world.text(120, "general"))
     evaluation = {"general": general, "general_tokens": 3000}
-    return trained(world.config("forgot", world.rows(200), method="full", rate=1e-2, evaluation=evaluation))
+    return trained(world.config("forgot", world.rows(100), method="full", rate=1e-2, evaluation=evaluation))
 
 
 @fault("numbers that are none")
@@ -316,12 +320,12 @@ def not_a_number(world):
         return loss * (float("nan") if len(calls) > 20 else 1), *rest
 
     with mock.patch.object(run, "supervised", broken):
-        return trained(world.config("nan", world.rows(120)))
+        return trained(world.config("nan", world.rows(100)))
 
 
 @fault("the run was killed")
 def killed(world):
-    config = world.config("killed", world.rows(120))
+    config = world.config("killed", world.rows(100))
 
     def die(self, line):
         write(self, line)
@@ -345,7 +349,7 @@ def killed(world):
 def stopped(world):
     from minitune.reporting.journal import Journal
 
-    config, write = world.config("stopped", world.rows(120)), Journal.step
+    config, write = world.config("stopped", world.rows(100)), Journal.step
 
     def stop(self, line):
         write(self, line)
@@ -364,51 +368,51 @@ def memory_exhausted(world):
         return right(model, batch) if torch.is_inference_mode_enabled() else (torch.empty(10**15).sum(), 1, {})
 
     with mock.patch.object(run, "supervised", greedy):
-        return trained(world.config("memory", world.rows(120), validation_fraction=0.0, evaluation={"samples": 0}))
+        return trained(world.config("memory", world.rows(100), validation_fraction=0.0, evaluation={"samples": 0}))
 
 
 @fault("too few steps")
 def over_at_once(world):
-    return trained(world.config("brief", world.rows(120), steps=4, accumulation_steps=8))
+    return trained(world.config("brief", world.rows(100), steps=4, accumulation_steps=8))
 
 
 @fault("too few steps")
 def most_rows_unseen(world):
-    return trained(world.config("unseen", world.rows(700), steps=20))
+    return trained(world.config("unseen", world.rows(400), steps=15))
 
 
 @fault("clipped at every step")
 def clipped_to_nothing(world):
     optimizer = {"kind": "sgd", "max_grad_norm": 1e-4}
-    return trained(world.config("clipped", world.rows(120), rate=0.1, optimizer=optimizer))
+    return trained(world.config("clipped", world.rows(100), rate=0.1, optimizer=optimizer))
 
 
 @fault("no warm-up")
 def no_warm_up(world):
     schedule = ScheduleConfig(kind="cosine", warmup=0)
-    return trained(world.config("cold", world.rows(240), method="full", rate=0.04, epochs=6.0, schedule=schedule))
+    return trained(world.config("cold", world.rows(200), method="full", rate=0.04, epochs=4.0, schedule=schedule))
 
 
 @fault("batch too small")
 def one_word_a_step(world):
-    rows = world.rows(160, "i", lambda draw, key: world.values[world.keys.index(key) % 2][:3])
+    rows = world.rows(75, "i", lambda draw, key: world.values[world.keys.index(key) % 2][:3])
     return trained(world.config("lone", rows, batch_size=1, packing=False, epochs=1.0))
 
 
 @fault("the base knows nothing")
 def untrained_base(world):
     base = world.folder / "base"
-    return trained(dataclasses.replace(world.config("untrained", world.rows(120)), model=str(base)))
+    return trained(dataclasses.replace(world.config("untrained", world.rows(100)), model=str(base)))
 
 
 @fault("chosen answers unlearned")
 def preferences_overdone(world):
-    return trained(world.config("overdone", pairs(world), objective="dpo", rate=3e-2, epochs=6.0))
+    return trained(world.config("overdone", pairs(world), objective="dpo", rate=3e-2, epochs=4.0))
 
 
 def pairs(world: World) -> Rows:
     draw, found = world.draw("pairs"), []
-    for row in world.rows(120):
+    for row in world.rows(90):
         question, answer = row["messages"]
         wrong = draw.choice([other for other in world.answers.values() if other != answer["content"]])
         found.append({"prompt": [question], "chosen": [answer], "rejected": [NEW | {"content": wrong}]})
@@ -416,26 +420,26 @@ def pairs(world: World) -> Rows:
 
 
 CLEAN: dict[str, Callable[[World], Path]] = {
-    "adapter": lambda world: trained(world.config("c-lora", world.rows(120))),
-    "full": lambda world: trained(world.config("c-full", world.rows(120), method="full", rate=2e-3)),
+    "adapter": lambda world: trained(world.config("c-lora", world.rows(100))),
+    "full": lambda world: trained(world.config("c-full", world.rows(100), method="full", rate=2e-3)),
     "padded": lambda world: trained(
         world.config("c-padded", [{"prompt": row["messages"][0]["content"] + " ",
-                                   "completion": row["messages"][1]["content"]} for row in world.rows(120)],
+                                   "completion": row["messages"][1]["content"]} for row in world.rows(100)],
                      packing=False)),
     "dpo": lambda world: trained(world.config("c-dpo", pairs(world), objective="dpo", rate=4e-3, epochs=3.0)),
     "text": lambda world: trained(
         world.config("c-text", world.text(300, "book"), rate=2e-3, epochs=2.0, max_length=256)),
     "labels": lambda world: trained(
-        world.config("c-labels", world.rows(200, "k", lambda draw, key: world.values[world.keys.index(key) % 2]),
+        world.config("c-labels", world.rows(120, "k", lambda draw, key: world.values[world.keys.index(key) % 2]),
                      batch_size=8)),
-    "qlora": lambda world: trained(world.config("c-qlora", world.rows(120), method="qlora")),
+    "qlora": lambda world: trained(world.config("c-qlora", world.rows(100), method="qlora")),
     "last layers": lambda world: trained(
-        world.config("c-last", world.rows(120), method="last_layers", last_layers=1, rate=5e-3)),
+        world.config("c-last", world.rows(100), method="last_layers", last_layers=1, rate=5e-3)),
     "conversations": lambda world: trained(
         world.config("c-long", [{"messages": [turn for row in world.rows(3, f"talk {i}") for turn in row["messages"]]}
                                 for i in range(80)], max_length=256)),
     "general text": lambda world: trained(
-        world.config("c-general", world.rows(120), rate=5e-4,
+        world.config("c-general", world.rows(100), rate=5e-4,
                      evaluation={"general": world.write("c-general.txt", world.text(120, "general")),
                                  "general_tokens": 3000})),
 }  # fmt: skip
