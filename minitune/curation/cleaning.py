@@ -30,7 +30,7 @@ _PLACEHOLDER = re.compile(
     r"(?:your |insert )?(?:answer|text|response|output) here)\W*",
     re.IGNORECASE | re.DOTALL,
 )
-_LABEL_SHARE = 0.05  # an answer that so many rows have is a label, whatever it looks like
+_LABEL_SHARE = 0.05  # where answers are few, one that so many rows have is a label, whatever it looks like
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def _unicode(done: Cleaned, options: CleaningOptions) -> None:
 def _trivial(rows: Sequence[Any]) -> list[Any]:
     """Return the rows with a text of punctuation alone, or with a placeholder for an answer."""
     counts = Counter(answer for row in rows for answer in answers_of(row))
-    labels = {answer for answer, count in counts.items() if count > max(1, _LABEL_SHARE * len(rows))}
+    few = len(counts) <= len(rows) / 5
+    labels = {answer for answer, count in counts.items() if few and count > _LABEL_SHARE * len(rows)}
 
     def is_trivial(row: Any) -> bool:
         answers = [answer for answer in answers_of(row) if answer not in labels]
@@ -176,7 +177,7 @@ def _duplicates(done: Cleaned, options: CleaningOptions) -> None:
     repeated = {i for i, _ in exact}
     rows = [row for i, row in enumerate(rows) if i not in repeated]
     pairs = near_duplicates(
-        ["\n".join(_compared(row)) for row in rows], threshold=options.threshold, shingle=options.shingle
+        ["\n".join(compared(row)) for row in rows], threshold=options.threshold, shingle=options.shingle
     )
     gone: set[int] = set()
     for i, j, similarity in pairs:  # in order of i: whether j stays is settled when i comes
@@ -190,7 +191,7 @@ def _duplicates(done: Cleaned, options: CleaningOptions) -> None:
         _settle(done, "near_duplicate", [later for later, *_ in done.near], what, remedy, options)
 
 
-def _compared(row: Any) -> list[str]:
+def compared(row: Any) -> list[str]:
     """Return the texts by which rows are compared: all but the system's, which rows have in common."""
     texts = []
     for side in row.sides:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from minitune.curation.cleaning import compared
 from minitune.curation.near_duplicates import near_duplicates, words
 from minitune.curation.rows import Row
 from minitune.data.reading import RowError, data_path, read_rows
@@ -57,13 +58,8 @@ class Leak:
 
 
 def probe(row: Row) -> Probe:
-    """Return what is compared of a row; of a pair, its chosen side."""
-    record = row.record.sides[0]
-    if record.messages is not None:
-        said = [message["content"] for message in record.messages if message["role"] != "system"]
-    else:
-        said = [text for text in (record.prompt, record.completion, record.text) if text is not None]
-    text = "\n".join(said)
+    """Return what is compared of a row, as cleaning does; of a pair, both sides."""
+    text = "\n".join(compared(row.record))
     return Probe(row.origin, text, frozenset((question_key(row.record), normalise(text))))
 
 

@@ -99,6 +99,7 @@ def prepare_rows(
     _mix(done, files, others, weights, options, seed, count_targets)
     done.splits = {name: joined(rows) for name, rows in done.splits.items()}
     done.facts["lines"] = {name: len(rows) for name, rows in done.splits.items()}
+    done.facts["golden_texts"] = sum(row.record.sides[0].messages is None for row in golden)
     done.facts["first_leaks"] = [asdict(leak) for leak in done.leaks[:LISTED]]
     done.facts["removed"] = dict(Counter(one.reason.partition(": ")[0] for one in done.removed))
     return done
@@ -114,11 +115,11 @@ def look(
     tokenizer: Any = None,
 ) -> list[Finding]:
     """Return what is found in files of which nothing is to be written; what cannot be read is not looked at."""
-    done = Prepared()
+    done, parts = Prepared(), []
     for path in files:
         with contextlib.suppress(DataError):  # training's own words on it are shown by `data.lint`
-            done.splits[path] = read_source(path, TRAINING, format=format, columns=columns, kind=kind)[0]
-    _clean(done, list(done.splits.values()), options.clean, kind, tokenizer)
+            parts.append(read_source(path, TRAINING, format=format, columns=columns, kind=kind)[0])
+    _clean(done, parts, options.clean, kind, tokenizer)
     return done.findings
 
 

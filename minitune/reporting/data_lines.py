@@ -8,6 +8,10 @@ from minitune.data.lint import Report
 from minitune.errors import counted
 
 BAR = 40  # characters of the longest bar
+GOLDEN_TEXTS = (
+    "its prompts are texts: training continues them, but a model with a chat template is asked golden rows as a chat; "
+    "write rows as instruction and output to have both alike"
+)
 NOUNS = {"examples": "example", "pairs": "pair", "judged": "judged answer"}
 
 
@@ -117,6 +121,8 @@ def prepared_lines(facts: Mapping[str, Any]) -> list[str]:
             for part in facts["mixture"]
         ]
     total = sum(facts["splits"].values())
+    if facts["golden_texts"]:
+        lines.append(f"golden         {GOLDEN_TEXTS}")
     for name, rows in facts["splits"].items():
         written = facts["lines"][name]
         note = f", {counted(written, 'line')} of {name}.jsonl" if written != rows else ""

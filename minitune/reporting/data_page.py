@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.errors import counted
-from minitune.reporting.data_lines import option_of
+from minitune.reporting.data_lines import GOLDEN_TEXTS, option_of
 from minitune.reporting.page import folded, heading, histogram, page, preformatted, prose, table
 
 LABELS = 20
@@ -46,6 +46,8 @@ def _splits(facts: Mapping[str, Any]) -> list[str]:
         table(("split", "rows", "share", "file", "lines written"), rows),
         histogram("Rows by split", bars, "rows"),
     ]
+    if facts["golden_texts"]:
+        parts.append(prose(f"Of the golden set: {GOLDEN_TEXTS}."))
     labels = facts.get("labels", [])
     if labels:
         names = list(labels[0])
