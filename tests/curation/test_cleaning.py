@@ -178,6 +178,7 @@ def test_labels_are_never_trivial():
     rows = [chat("+" if number % 2 else "...", f"Is {number * 7919} good?", number) for number in range(30)]
     assert "trivial" not in kinds(rows)
     assert kinds([*chats(*ANSWERS), chat("fine", "?", 9)]) == {"trivial": 1}
+    assert kinds([*chats(*ANSWERS), chat("N/A", "Where?", 9), chat("N/A", "When?", 10)]) == {"trivial": 2}
 
 
 def test_every_kind_of_record():
