@@ -12,8 +12,10 @@ that luck. Runs that are done are not run again: the same command goes on after 
 """
 
 import dataclasses
+import hashlib
 import json
 import random
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
                 print("stopped; the same command goes on from here", file=sys.stderr)
                 return 128 + measured
             found[part.name] = measured
-        return finish(config, parts, found)
+        return finish(config, parts, found, sum(len(lines) for _, lines in rows["validation"]))
 
 
 def read_data(config: CurveConfig, resolved: TrainConfig) -> dict[str, list[Any]]:
@@ -187,9 +189,6 @@ def part_of(rows: list[Any], share: float, seed: int) -> list[Any]:
 
 def _check_plan(config: CurveConfig, resolved: TrainConfig, rows: dict[str, list[Any]]) -> None:
     """Keep runs that were made with the same options and rows; refuse, or with overwrite delete, those of others."""
-    import hashlib
-    import shutil
-
     from minitune.files import atomic_file, read_json, write_json
 
     folder = Path(config.output)
@@ -268,8 +267,8 @@ def _wrong(config: CurveConfig, part: Part) -> list[bool]:
     return [not one for one in right["accuracy"].right]
 
 
-def finish(config: CurveConfig, parts: Sequence[Part], found: dict[str, dict]) -> int:
-    """Fit the curve, write it as JSON and as a page, print it."""
+def finish(config: CurveConfig, parts: Sequence[Part], found: dict[str, dict], held: int) -> int:
+    """Fit the curve, write it as JSON and as a page, print it; `held` is the number of validation rows."""
     from minitune.curation import learning_curve
     from minitune.files import atomic_file, write_json
 
@@ -285,7 +284,7 @@ def finish(config: CurveConfig, parts: Sequence[Part], found: dict[str, dict]) -
     said = learning_curve.advice(curve, runs=config.repeats, error_rate=config.labels is not None)
     result = {
         "measure": "loss" if config.labels is None else "error rate", "sizes": sizes, "values": losses,
-        "validation_rows": len(per_row[0]), "row_sigma": variance**0.5, "curve": learning_curve.as_json(curve),
+        "validation_rows": held, "row_sigma": variance**0.5, "curve": learning_curve.as_json(curve),
         "advice": said, "seconds": sum(one["seconds"] for one in found.values()),
     }  # fmt: skip
     folder = Path(config.output)

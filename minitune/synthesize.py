@@ -22,7 +22,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal
 
 from minitune.cli import parse
-from minitune.errors import ConfigError, DataError, check_counts, check_seed, counted, run_command
+from minitune.errors import ConfigError, DataError, EndpointError, check_counts, check_seed, counted, run_command
 from minitune.responder import ResponderOptions
 from minitune.strict_json import loads
 
@@ -213,6 +213,10 @@ class _Asker:
     """A teacher or judge with the journal of its replies, loaded when it is first asked something new."""
 
     def __init__(self, options: ResponderOptions, journal: Path, doing: str):
+        from minitune.sources import resolve
+
+        if options.endpoint is None:
+            resolve(options.model)  # refuses a name that is none, before the work
         self.options, self.journal, self.doing = options, journal, doing
         self.responder: Any = None
         self.unanswered = 0
@@ -229,7 +233,12 @@ class _Asker:
                 self._respond, conversations, judge=self.options.identity, journal=self.journal,
                 at_once=self.options.at_once, on_batch=bar.update,
             )  # fmt: skip
-        self.unanswered += sum(isinstance(reply, Missing) for reply in replies)
+        missing = [reply for reply in replies if isinstance(reply, Missing)]
+        if missing and len(missing) == len(replies):
+            raise EndpointError(
+                f"{counted(len(missing), 'request')} of {len(replies)} had no answer: {missing[0].details}"
+            )
+        self.unanswered += len(missing)
         return [
             Rejected(reply.kind, reply.details, "", text="") if isinstance(reply, Missing) else reply
             for reply in replies

@@ -8,7 +8,7 @@ import pytest
 from minitune import endpoint, synthesize
 from minitune.data.formats import read_records
 from minitune.endpoint import Reply
-from minitune.errors import ConfigError, DataError, MinituneError
+from minitune.errors import ConfigError, DataError, EndpointError, MinituneError
 from minitune.reporting.ballot import ballot_id
 from tests.chat_server import Answer, chat_server
 
@@ -160,7 +160,7 @@ def test_nothing_is_asked_again_after_an_interruption(seeds, tmp_path, monkeypat
 
     monkeypatch.setattr(synthesize.ResponderOptions, "load", lambda self: respond)
     arguments = ["--seeds", str(seeds), "--output", str(tmp_path / "out"), "--instruction=Write.", "--examples=2",
-                 "--teacher.model=m", "--teacher.batch_size=1"]  # fmt: skip
+                 "--teacher.model", str(tmp_path), "--teacher.batch_size=1"]  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         synthesize.main(arguments)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["replies.jsonl"]
@@ -168,13 +168,12 @@ def test_nothing_is_asked_again_after_an_interruption(seeds, tmp_path, monkeypat
     assert len(lines(tmp_path / "out/rows.jsonl")) == 4
 
 
-def test_a_teacher_that_is_down_leaves_no_row_but_its_reason(seeds, tmp_path):
+def test_a_teacher_that_is_down_leaves_nothing(seeds, tmp_path):
     with chat_server(lambda request: Answer(status=500)) as server:
-        with pytest.raises(DataError, match="no row is left; .*/rejected.jsonl says why"):
+        with pytest.raises(EndpointError, match="3 requests of 3 had no answer: .*HTTP 500"):
             run(server, seeds, tmp_path / "out", "--teacher.parallel=1")
-    reasons = [row["reason"] for row in lines(tmp_path / "out/rejected.jsonl")]
-    assert reasons[0] == "the endpoint failed" and len(reasons) == 3
-    assert (tmp_path / "out/rows.jsonl").read_text() == ""
+        server.answer = teacher
+        assert run(server, seeds, tmp_path / "out") == 0  # nothing is in the way
 
 
 def test_a_local_model_is_asked_the_same_way(seeds, tmp_path, tiny_folder):
@@ -266,8 +265,8 @@ def test_votes_that_belong_elsewhere_are_refused(made):
         ("--output o --review votes.json --teacher.model m", "teacher has no effect on the votes"),
         ("T --min_score 5", "min_score is set without judge.model"),
         ("T --rubric r.yaml", "rubric is set without judge.model"),
-        ("T --judge.model m --min_score 11", "min_score is 11; the rubric's scale is 1 to 10"),
-        ("T --judge.model m --rubric no.yaml", "rubric no.yaml cannot be read"),
+        ("T --judge.model . --min_score 11", "min_score is 11; the rubric's scale is 1 to 10"),
+        ("T --judge.model . --rubric no.yaml", "rubric no.yaml cannot be read"),
         ("T --answer_form regx:a", "answer_form"),
         ("T --review_share 0", "review_share is 0.0"),
         ("T --near_duplicates 2", "near_duplicates is 2.0"),
@@ -275,6 +274,7 @@ def test_votes_that_belong_elsewhere_are_refused(made):
         ("T --max_seeds 0", "max_seeds is 0"),
         ("T --examples 9", "examples is 9, but there are only 3 seeds"),
         ("T --seed -1", "seed is -1"),
+        ("T --judge.model no-such-model", "no-such-model: no such file"),
         ("T --reply csv", "reply"),
         ("T --teacher.max_new_tokens 0", "max_new_tokens is 0"),
     ],

@@ -174,7 +174,7 @@ def _ask(responder: Responder, batch: dict[str, Conversation]) -> dict[str, Repl
     try:
         return dict(zip(batch, responder(list(batch.values())), strict=True))
     except (EndpointError, DataError) as error:
-        kind = DOWN_KIND if isinstance(error, EndpointError) else "too long for the judge"
+        kind = DOWN_KIND if isinstance(error, EndpointError) else "too long for the model"
         if len(batch) == 1:
             return dict.fromkeys(batch, Missing(kind, str(error)))
     found: dict[str, Reply | Missing] = {}

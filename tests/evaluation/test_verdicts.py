@@ -124,7 +124,7 @@ def test_a_question_too_long_for_the_judge_costs_itself_alone():
             return super().__call__(conversations)
 
     found = ask_all(Small(), questions(6), at_once=6)
-    assert missing_counts(found) == {"too long for the judge": 4} and "9,999" in found[1].details
+    assert missing_counts(found) == {"too long for the model": 4} and "9,999" in found[1].details
     assert [found[0].text, found[5].text] == ["0", "5"]  # and nothing is taken to be down
 
 
