@@ -1,0 +1,90 @@
+"""What fits: bisection against trying all, batch and length at their very limit, and remedies in their order."""
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+
+from minitune.model.config import ModelConfig
+from minitune.planning.devices import DEVICES, device
+from minitune.planning.fit import capacities, largest, remedies
+from minitune.planning.run import MARGIN, PROCESS, Run
+
+CONFIG = ModelConfig(6000, 128, 320, 3, 6, 2, 22, tie_embeddings=True, max_positions=700)
+RUN = Run(CONFIG, "full", 8, 256, "float32", accumulation_steps=2)
+
+
+@pytest.mark.parametrize("limit", range(0, 40))
+@pytest.mark.parametrize("most", [1, 2, 7, 16, 33])
+def test_the_largest_is_found(limit, most):
+    tried = []
+
+    def fits(number):
+        tried.append(number)
+        return number <= limit
+
+    assert largest(fits, most) == min(limit, most)
+    assert max(tried) <= most and len(tried) <= 12
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_one_more_would_not_fit(cpu):
+    memory = 120e6 + (PROCESS + 35e6 if cpu else 0)
+    found = {one.method: one for one in capacities(RUN, memory, cpu=cpu)}
+    one = found["lora"]
+    run = dataclasses.replace(RUN, method="lora")
+    needed = [dataclasses.replace(run, batch_size=one.batch + more).needed(cpu) for more in (0, 1)]
+    assert needed[0] <= memory < needed[1]
+    longer = [dataclasses.replace(run, length=one.length + more).needed(cpu) for more in (0, 1)]
+    assert longer[0] <= memory and (longer[1] > memory or one.length == CONFIG.longest)
+    assert found["lora, checkpointing"].batch > one.batch
+    assert found["qlora"].needed < one.needed < found["full"].needed
+    assert all(each.length <= CONFIG.longest for each in found.values())
+
+
+def test_no_memory_fits_nothing():
+    assert all(one.batch == one.length == 0 for one in capacities(RUN, 1e6, cpu=False))
+
+
+def test_remedies_are_tried_in_order_until_it_fits():
+    assert remedies(RUN, RUN.needed(False), cpu=False) == []
+    every = remedies(RUN, 1, cpu=False)
+    order = ["batch_size", "gradient_checkpointing", "dtype", "optimizer", "fused_backward", "method lora",
+             "method qlora", "max_length"]  # fmt: skip
+    at = [next(place for place, name in enumerate(order) if f"--{name}" in one.change) for one in every]
+    assert at == sorted(at) and len(set(at)) > 5
+    assert all(before.needed > after.needed for before, after in pairwise(every))
+    enough = remedies(RUN, every[2].needed, cpu=False)
+    assert enough == every[:3]
+
+
+def test_the_first_remedy_keeps_the_step():
+    first = remedies(RUN, 1, cpu=False)[0]
+    assert "--batch_size 1 --accumulation_steps 16" in first.change
+    assert RUN.step_tokens == dataclasses.replace(RUN, batch_size=1, accumulation_steps=16).step_tokens
+
+
+@pytest.mark.parametrize("packing,rows", [(True, (4, 200)), (False, (8, 100))])
+def test_sides_of_a_pair_lie_in_one_row_where_rows_are_packed(packing, rows):
+    run = Run(CONFIG, "lora", 4, 100, packing=packing, documents=2)
+    assert run.rows == rows and run.step_tokens == 800
+
+
+def test_what_is_needed_says_what_is_not_the_tensors():
+    counted = RUN.ledger()
+    assert RUN.needed(True) == counted.total + counted.allocator + counted.library + PROCESS
+    assert RUN.needed(False) == int(counted.total * MARGIN)
+
+
+@pytest.mark.parametrize("one", DEVICES, ids=lambda one: one.name)
+def test_seconds_are_operations_over_the_rate_and_bytes_over_the_bandwidth(one):
+    low, high = RUN.step_seconds(one)
+    (least, most), counted = one.shares("float32"), RUN.ledger()
+    update = 2 * (counted.optimizer + counted.gradients + counted.weights) / one.bandwidth
+    assert low == pytest.approx(RUN.flops() / one.float32 / most + update)
+    assert high == pytest.approx(RUN.flops() / one.float32 / least + update)
+
+
+def test_a_larger_share_of_a_faster_device_is_quicker():
+    run = dataclasses.replace(RUN, dtype="bfloat16")
+    assert run.step_seconds(device("H100-SXM"))[1] < run.step_seconds(device("L4"))[0]
