@@ -130,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         lines += prepared_lines(content["prepared"])
     lines += problem_lines(report)
     if prepared is not None:
-        lines += [content["prepared"]["next"], f"the whole report: {config.output}/report.html"]
+        lines += [f"next: {content['prepared']['next']}"] if content["prepared"]["next"] else []
+        lines += [f"the whole report: {config.output}/report.html"]
     print(harmless("\n".join(lines)))
     if config.json:
         Path(config.json).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
@@ -230,7 +231,7 @@ def conclusion(config: PrepareConfig, report: "Report", kind: "Kind", prepared: 
     verdict = "Training would accept these rows." if sound else "Training would refuse these rows, for these reasons:"
     given = {"output": config.output, "verdict": verdict, "share_of": config.share_of.replace("_", " ")}
     options = {name: value for name, value in asdict(config).items() if value not in (None, ())}
-    return given | {"next": f"next: {shlex.join(command)}" if sound else "", "options": options}
+    return given | {"next": shlex.join(command) if sound else "", "options": options}
 
 
 _OBJECTIVE = {"pairs": "dpo", "judged": "kto"}

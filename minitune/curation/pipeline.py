@@ -156,7 +156,7 @@ def _refuse_twice(done: Prepared) -> None:
 def _clean(
     done: Prepared, parts: list[list[Row]], options: CleaningOptions, kind: Kind, tokenizer: Any
 ) -> list[list[Row]]:
-    """Return the rows that cleaning keeps, changed as it says; what is inconsistent is looked for in those."""
+    """Return the rows that cleaning keeps, changed as it says; each part is asked whether it is consistent."""
     rows = {row.origin: row for part in parts for row in part}
     cleaned = clean([row.record for row in rows.values()], options)
     done.findings += cleaned.findings
@@ -172,7 +172,7 @@ def _clean(
                 gone.add(record.origin)
     done.facts["changed"] = dict(Counter(what for _, what in cleaned.changed))
     kept = [[rows[row.origin] for row in part if row.origin not in gone] for part in parts]
-    done.findings += lint([row.record for part in kept for row in part], tokenizer)
+    done.findings += [one for part in kept for one in lint([row.record for row in part], tokenizer)]
     return kept
 
 

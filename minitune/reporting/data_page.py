@@ -14,7 +14,8 @@ _STYLE = "td { overflow-wrap: break-word; }"
 def data_page(content: Mapping[str, Any]) -> str:
     """Return the page; `content` is what report.json holds."""
     facts = content["prepared"]
-    parts = [prose(facts["verdict"]), preformatted(facts["next"]) if facts["next"] else "", *_problems(content)]
+    parts = [prose(facts["verdict"]), *_problems(content)]
+    parts += [prose("Go on with:"), preformatted(facts["next"])] if facts["next"] else []
     parts += [heading("What was read"), table(("file", "used for", "rows", "malformed", "sha256"), (
         (s["path"], s["role"], s["rows"], s["malformed"], s["sha256"][:12]) for s in facts["sources"]))]  # fmt: skip
     parts += _splits(facts) + _lengths(content) + _findings(content["findings"]) + _left_out(facts) + _leaks(facts)
@@ -25,7 +26,7 @@ def data_page(content: Mapping[str, Any]) -> str:
         parts.append(table(head, rows))
     options = ((name, "" if value is None else str(value)) for name, value in facts["options"].items())
     parts += [heading("Options"), folded("all options of this run", table(("option", "value"), options))]
-    return page(f"Data in {facts['output']}", [part for part in parts if part], style=_STYLE)
+    return page(f"Prepared data: {facts['output']}", parts, style=_STYLE)
 
 
 def _problems(content: Mapping[str, Any]) -> list[str]:
@@ -62,7 +63,9 @@ def _splits(facts: Mapping[str, Any]) -> list[str]:
 
 def _lengths(content: Mapping[str, Any]) -> list[str]:
     """Return the histogram of lengths and an epoch's size, of the training file as it was written."""
-    shares = ", ".join(f"{share}% of rows have at most {length:,}" for share, length in content["percentiles"].items())
+    shares = ", ".join(
+        f"{share}% of rows have at most {length:,} tokens" for share, length in content["percentiles"].items()
+    )
     numbers = {
         "examples": content["examples"], "tokens": content["tokens"], "target tokens": content["target_tokens"],
         "batches": content["batches"], "over max_length": content["over_long"],
