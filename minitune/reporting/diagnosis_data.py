@@ -56,7 +56,7 @@ def leak(run: Run) -> Finding | None:
     return Finding(
         "validation rows in the training data",
         f"facts.json: {count} of {counted(rows, 'validation row')} stand among the training rows too",
-        "split with python -m minitune.prepare --split, or leave --validation out: a part is then held out by question",
+        "split by python -m minitune.prepare FILE --output FOLDER, or leave --validation out: a part is held out then",
         ranked(DATA, 0.85 + count / rows / 10),
     )
 
@@ -105,7 +105,7 @@ def copies(run: Run) -> Finding | None:
     return Finding(
         "duplicates",
         f"facts.json: {count} of {counted(rows, 'training row')} are copies of another one ({share:.0%})",
-        "remove them with python -m minitune.prepare; more passes over all rows are cheaper by epochs",
+        "leave them out: python -m minitune.prepare lists them, and --clean.remove removes; for more passes set epochs",
         ranked(DATA, 0.3 + share / 10) if share >= COPIES else ranked(NOTE, share),
     )
 

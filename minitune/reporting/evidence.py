@@ -12,8 +12,12 @@ from typing import Any
 from minitune.data.corpus import Corpus
 from minitune.data.examples import Example
 from minitune.data.preferences import Item, item_ids
+from minitune.data.reading import data_path
+from minitune.errors import CheckpointError
+from minitune.files import read_json
 
 LOOKED_AT = 1000
+LINT = ("level", "kind", "count", "message", "remedy")
 MOST_LABELS = 20  # different answers that can still be labels
 FORMATS = {  # what another template, or none, would have written around the turns
     "ChatML": ("<|im_start|>", "<|im_end|>"), "Llama 2 or Mistral": ("[INST]", "[/INST]", "<<SYS>>"),
@@ -56,6 +60,23 @@ def data_facts(corpus: Corpus, tokenizer: Any) -> dict[str, Any]:
         "cut": cut_answers([document for document in seen if document.targets.index(True) > 1], tokenizer),
         "markup": markup(seen, tokenizer),
     }
+
+
+def prepared_findings(files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what `python -m minitune.prepare` found in the files that it wrote: {"path", "level", "kind", ...}.
+
+    Another report.json that happens to lie beside a file tells nothing.
+    """
+    found = []
+    for path in dict.fromkeys(file["path"] for file in files):
+        try:
+            findings = read_json(data_path(path).with_name("report.json"), optional=True).get("findings")
+        except CheckpointError:
+            continue
+        for one in findings if isinstance(findings, list) else ():
+            if isinstance(one, dict) and set(LINT) <= one.keys():
+                found.append({"path": path, **{name: one[name] for name in LINT}})
+    return found
 
 
 def spread(items: Sequence[Item]) -> list[Item]:

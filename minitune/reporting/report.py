@@ -17,6 +17,7 @@ from minitune.files import atomic_file
 from minitune.reporting.before_after import after_parts, forgetting_parts, safety_parts
 from minitune.reporting.diagnosis import diagnose
 from minitune.reporting.document import Chart, Code, Paragraph, Part, Section, Table, html, markdown
+from minitune.reporting.evidence import LINT
 from minitune.reporting.record import MEASURES, Run, read_run
 
 
@@ -156,8 +157,11 @@ def _data(run: Run) -> list[Part]:
     parts.append(Table(("lint of the training rows", "count"), counts))
     if labels := run.data.get("labels"):
         parts.append(Table(("answer", "training rows"), list(labels.items())))
+    if lint := run.facts.get("lint"):
+        names = ("path", *LINT)
+        return [*parts, Table(("prepared file", *LINT), [[one.get(name) for name in names] for one in lint])]
     paths = " ".join(shlex.quote(file["path"]) for file in run.files if file.get("role") == "training")
-    return [*parts, Paragraph("Near duplicates, mixed formats, personal data and more:"),
+    return [*parts, Paragraph("Near duplicates, mixed formats, personal data and more are found by:"),
             Code(f"python -m minitune.prepare {paths}", "sh")]  # fmt: skip
 
 
@@ -204,11 +208,13 @@ def _usage(run: Run) -> list[Part]:
         which = f"--model {model} --adapter {quoted}" if adapter else f"--model {quoted}"
         theirs = "transformers.AutoModelForSequenceClassification (an adapter through PEFT, task type SEQ_CLS)"
         return [Code(f"python -m minitune.score {which} --data pairs.jsonl", "sh"), Paragraph(f"Elsewhere: {theirs}.")]
-    commands = [f"python -m minitune.generate --model {quoted} --chat"]
+    raw = 2 * (run.data.get("untemplated") or 0) > run.data.get("asked", 0)  # as in training
+    how = "--raw --prompt '...'" if raw else "--chat"
+    commands = [f"python -m minitune.generate --model {quoted} {how}"]
     if adapter:
         folder = str(result.with_name("merged"))
         commands = [
-            f"python -m minitune.generate --model {model} --adapter {quoted} --chat",
+            f"python -m minitune.generate --model {model} --adapter {quoted} {how}",
             f"python -m minitune.export --model {model} --adapter {quoted} --merge --output {shlex.quote(folder)}",
         ]
     which = "the best validation loss" if run.outcome.get("best_step") is not None else "the last step"

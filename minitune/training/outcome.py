@@ -20,7 +20,7 @@ from minitune.evaluation.perplexity import perplexity, read_text
 from minitune.files import read_json
 from minitune.model.transformer import Transformer
 from minitune.reporting import watch
-from minitune.reporting.evidence import data_facts
+from minitune.reporting.evidence import data_facts, prepared_findings
 from minitune.reporting.folder import write_outcome, write_run_files
 from minitune.reporting.gates import GateOutcome, check, parse_gates, resolve
 from minitune.reporting.journal import peak_memory_mb, read_rows_of
@@ -84,6 +84,7 @@ class Account:
         options, facts = dataclasses.asdict(self.config), {}
         if not self.config.resume:
             facts = {"data": data_facts(corpus, tokenizer), "guessing": guessing}
+            facts["lint"] = prepared_findings(corpus.files)
             facts["general"] = self._perplexity(model, tokenizer)
         write_run_files(Path(self.config.output), options, corpus.files, environment, facts)
 

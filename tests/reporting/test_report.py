@@ -29,6 +29,8 @@ def options(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     rows = [{"prompt": f"{i}|<b>?", "completion": "yes " * (i % 3 + 1)} for i in range(80)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    finding = {"kind": "mixed_formats", "level": "warning", "count": 3, "rows": [], "message": "odd", "remedy": "even"}
+    (folder / "report.json").write_text(json.dumps({"findings": [finding]}))
     (folder / "wiki.txt").write_text("Of general things there is much to say. " * 60)
     return ["--model", str(tiny_folder(folder / "model")), "--data", str(folder / "rows.jsonl"), "--max_steps", "12",
             "--validation_fraction", "0.3", "--optimizer.learning_rate", "0.01", "--batch_size", "2",
@@ -59,6 +61,7 @@ def test_both_reports_have_every_section_with_the_same_words(done):
     for part in (f"{outcome['base_loss']:.4f}", f"{outcome['best_loss']:.4f}", ratio, "paired bootstrap", "energy",
                  "python -m minitune.evaluate --model", "--safety donotanswer"):  # fmt: skip
         assert part in text and part in page, part
+    assert "rows.jsonl | warning | mixed_formats | 3 | odd | even |" in text, "what prepare found in this file"
     assert "unknown" in text.split("energy")[1][:12]
 
 
