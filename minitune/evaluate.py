@@ -90,6 +90,9 @@ class JudgeOptions(ResponderOptions):
     """Instead of prompts: judge the answers in the key of a blind comparison."""
     votes: str | None = None
     """With key: people's votes, to say how far the judge agrees with them (Cohen's kappa)."""
+    scores: str | None = None
+    """With by scores: people's, rows {"row": 1, "side": "tuned" or "base", "scores": {criterion: number}}, to say how
+    far the judge agrees with them (kappa with quadratic weights)."""
     by: Literal["pairs", "scores"] = "pairs"
     """Compare two answers, in both orders, or score each by every criterion of the rubric."""
     read: Literal["written", "probabilities"] = "written"
@@ -108,6 +111,8 @@ class JudgeOptions(ResponderOptions):
             raise ConfigError("judge.prompts are answered now and judge.key has answers; leave one of them out")
         if self.votes is not None and self.key is None:
             raise ConfigError("judge.votes are on the answers of a blind comparison; name its key with --judge.key")
+        if self.scores is not None and self.by != "scores":
+            raise ConfigError("judge.scores are people's scores; a judge gives some with --judge.by scores")
         if self.read == "probabilities":
             useless = [name for name in ("endpoint", "journal", "seed") if getattr(self, name) is not None]
             useless += ["by scores"] * (self.by == "scores") + ["temperature"] * (self.temperature != 0)

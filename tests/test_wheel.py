@@ -37,7 +37,7 @@ def test_the_wheel_holds_every_module_recipe_and_the_manifest(site):
     modules = {f"minitune/{name}" if name.startswith("kernels/") else name for name in names}
     recipes = {f"minitune/recipes/{path.name}" for path in (ROOT / "minitune/recipes").iterdir()}
     files = {path.relative_to(site).as_posix() for path in (site / "minitune").rglob("*") if path.is_file()}
-    assert files == modules | recipes | {"minitune/weights/manifest.toml"}
+    assert files == modules | recipes | {"minitune/weights/manifest.toml", "minitune/evaluation/rubric.yaml"}
 
 
 def test_names_are_known_outside_the_repository(site, tmp_path):

@@ -19,6 +19,7 @@ from typing import Any
 from minitune.evaluation.agreement import agreement
 from minitune.evaluation.answers import Duel, shown_answer
 from minitune.evaluation.bootstrap import mean_of
+from minitune.evaluation.people import agreement_lines
 from minitune.evaluation.rubric import Rubric
 from minitune.evaluation.scores import Measured, report, score_lines
 from minitune.evaluation.verdicts import (
@@ -174,6 +175,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         result.append(f"length      the longer answer wins {share_text(found['longer'])}")
     if "wins" in found:
         result += win_lines(found["wins"])
+    result += agreement_lines(found.get("score_agreement", {}))
     if "agreement" in found:
         result.append(agreement_text(found["agreement"]))
     return result

@@ -12,21 +12,24 @@ from minitune.evaluation import blind, judging
 from minitune.evaluation.answers import Asked, Duel, duels, model_answers, shown_answer, shown_prompt
 from minitune.evaluation.judge import differences
 from minitune.evaluation.kinds import progress
+from minitune.evaluation.people import Scores, read_people, score_agreement
 from minitune.evaluation.rubric import Rubric, read_rubric
 from minitune.evaluation.verdicts import Missing, ask_all
 from minitune.evaluation.wins import Outcome
 from minitune.sources import resolve
 
 KEY = "judge"
+SIDES = ("tuned", "base")
 
 
 @dataclass(frozen=True)
 class Task(Asked):
-    """Prompts that are asked now or the answers of a blind comparison, the rubric, and people's votes by place."""
+    """Prompts to ask or the answers of a blind comparison, the rubric, and people's votes by place, or scores."""
 
     duels: tuple[Duel, ...] = ()
     rubric: Rubric | None = None
     votes: dict[int, Outcome] | None = None
+    people: Scores | None = None
 
     @property
     def needs_model(self) -> bool:
@@ -42,10 +45,18 @@ def read(config: Any) -> Task:
         asked = Asked.of(read_prompts(resolve(options.prompts))[: config.max_rows], config.answers)
         if options.by == "pairs":
             check_two(config, asked, "judge.by pairs")
-        return Task(asked.records, asked.given, rubric=rubric)
+        sides = SIDES[: 1 + has_two(config, asked)]
+        return Task(
+            asked.records, asked.given, rubric=rubric, people=_people(options, len(asked.records), sides, rubric)
+        )
     key = blind.read_key(options.key)
     votes = None if options.votes is None else key.outcomes(blind.votes_of(options.votes, key))
-    return Task((), duels=key.duels, rubric=rubric, votes=votes)
+    people = _people(options, len(key.duels), SIDES, rubric)
+    return Task((), duels=key.duels, rubric=rubric, votes=votes, people=people)
+
+
+def _people(options: Any, rows: int, sides: tuple[str, ...], rubric: Rubric) -> Scores | None:
+    return None if options.scores is None else read_people(options.scores, rows, sides, rubric)
 
 
 def measure(model: Any, tokenizer: Any, task: Asked, config: Any) -> list[Reply]:
@@ -85,7 +96,11 @@ def _scores(task: Task, pairs: list[Duel], ours: list[Reply] | None, config: Any
     score = partial(judging.score_answers, prompts * len(sides), shown, task.rubric)
     found = _written(score, len(shown), config)
     halves = [found[start : start + len(prompts)] for start in range(0, len(found), len(prompts))]
-    return judging.scored_result(*halves, **({"duels": pairs, "votes": task.votes} if pairs else {}))
+    made = judging.scored_result(*halves, **({"duels": pairs, "votes": task.votes} if pairs else {}))
+    if task.people is not None:
+        judged = dict(zip(SIDES, halves, strict=False))
+        made["score_agreement"] = score_agreement(judged, task.people, task.rubric)
+    return made
 
 
 def _letters(pairs: list[Duel], rubric: Rubric, config: Any) -> list[judging.Both | None]:
@@ -145,10 +160,14 @@ def problem_of(missing: int, asked: int, most: float) -> dict[str, str]:
     return {"problem": f"{share}; {remedy}"}
 
 
+def has_two(config: Any, asked: Asked) -> bool:
+    """Tell whether there is a second model to compare with."""
+    return len(asked.given) == 2 if asked.given else config.base is not None or config.adapter is not None
+
+
 def check_two(config: Any, asked: Asked, what: str) -> None:
     """Raise ConfigError where there is no second model to compare with."""
-    second = len(asked.given) == 2 if asked.given else config.base is not None or config.adapter is not None
-    if not second:
+    if not has_two(config, asked):
         remedy = "give --adapter, --base, or --answers [tuned.jsonl,base.jsonl]"
         raise ConfigError(f"{what} compares two models, and there is one; {remedy}")
 
@@ -157,7 +176,7 @@ def model_names(config: Any) -> dict[str, str]:
     """Return what answers, by side: models, or the files that are given instead."""
     if config.answers is not None:
         files = (config.answers,) if isinstance(config.answers, str) else config.answers
-        return dict(zip(("tuned", "base"), files, strict=False))
+        return dict(zip(SIDES, files, strict=False))
     tuned = config.model if config.adapter is None else f"{config.model} + {config.adapter}"
     return {"tuned": tuned, "base": config.reference.model}
 
