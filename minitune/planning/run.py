@@ -14,8 +14,9 @@ from minitune.model.config import LoRAConfig, ModelConfig, QuantizationConfig
 from minitune.planning.devices import Device
 from minitune.planning.flops import step_flops
 
-PROCESS = 300_000_000
-"""Bytes of Python and torch before a model is there; measured (torch 2.13, Linux)."""
+PROCESS, COMPILER = 300_000_000, 160_000_000
+"""Bytes of Python and torch before a model is there, and of torch's compiler, which its checkpointing loads; measured
+(torch 2.13, Linux)."""
 MARGIN = 1.1
 """On a GPU the count is taken times this: for its context and its allocator's rounding; not measured."""
 
@@ -73,7 +74,8 @@ class Run:
     def needed(self, cpu: bool) -> int:
         """Return the bytes to have: of the process on a CPU, of the device's memory elsewhere."""
         counted = self.ledger()
-        return counted.resident + PROCESS if cpu else int(counted.total * MARGIN)
+        beside = PROCESS + (COMPILER if self.gradient_checkpointing else 0)
+        return counted.resident + beside if cpu else int(counted.total * MARGIN)
 
     def flops(self) -> float:
         """Return the operations of an optimiser step with full rows, each of one document and every token a target."""

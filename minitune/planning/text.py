@@ -5,7 +5,7 @@ from typing import Any
 
 from minitune.planning.devices import DATE
 from minitune.planning.questions import Verdict
-from minitune.planning.run import MARGIN, PROCESS
+from minitune.planning.run import MARGIN
 
 
 def sized(count: float) -> str:

@@ -8,7 +8,7 @@ import pytest
 from minitune.model.config import ModelConfig
 from minitune.planning.devices import DEVICES, device
 from minitune.planning.fit import capacities, largest, remedies
-from minitune.planning.run import MARGIN, PROCESS, Run
+from minitune.planning.run import COMPILER, MARGIN, PROCESS, Run
 
 CONFIG = ModelConfig(6000, 128, 320, 3, 6, 2, 22, tie_embeddings=True, max_positions=700)
 RUN = Run(CONFIG, "full", 8, 256, "float32", accumulation_steps=2)
@@ -74,6 +74,8 @@ def test_what_is_needed_says_what_is_not_the_tensors():
     counted = RUN.ledger()
     assert RUN.needed(True) == counted.total + counted.allocator + counted.library + PROCESS
     assert RUN.needed(False) == int(counted.total * MARGIN)
+    lean = dataclasses.replace(RUN, gradient_checkpointing=True)
+    assert lean.needed(True) == lean.ledger().resident + PROCESS + COMPILER
 
 
 @pytest.mark.parametrize("one", DEVICES, ids=lambda one: one.name)
