@@ -25,7 +25,7 @@ LABELLED = 20  # rows from which a source may be one of labels
 LABEL_WORDS = 5
 KNOWN = 0.9  # share of rows that a source's labels must cover
 BALANCED = 0.75  # of the greatest entropy; two labels at 79% and 21%
-NEARLY = 0.9  # Jaccard similarity of words of two questions that ask the same
+NEARLY = 0.9  # Jaccard similarity of pairs of words of two questions that ask the same
 ECHO, QUOTE = 6, 10  # words: of an opening that is repeated, of an answer or question that is found whole
 LEAKED, CHANCE = 0.3, 0.05  # share of prompts that name their label alone; of those, as many may name another
 MOST = 0.5  # share of an instruction's rows from which copying is the task
@@ -126,7 +126,7 @@ def _nearly_contradicting(labelled: Sequence[tuple[list[View], set[str]]]) -> li
     pairs = [
         (source[i], source[j])
         for source, _ in labelled
-        for i, j, _ in near_duplicates([view.question for view in source], threshold=NEARLY, shingle=1)
+        for i, j, _ in near_duplicates([view.question for view in source], threshold=NEARLY, shingle=2)
         if source[i].label != source[j].label and source[i].asked != source[j].asked
     ]
     if not pairs:

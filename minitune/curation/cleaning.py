@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any, Literal
 
 from minitune.curation.faults import FAULTS
@@ -136,8 +137,8 @@ def _unicode(done: Cleaned, options: CleaningOptions) -> None:
     if not rows:
         return
     text = next(text for text in texts_of(rows[0]) if not unicodedata.is_normalized(form, text))
-    place = next(i for i in range(len(text)) if not unicodedata.is_normalized(form, text[: i + 1]))
-    what = f"characters that {form} writes otherwise, such as {ascii(text[max(place - 1, 0) : place + 1])}"
+    place = len(commonprefix([text, unicodedata.normalize(form, text)]))
+    what = f"characters that {form} writes otherwise, such as {ascii(text[place : place + 2])}"
     remedy = f"choose unicode {form}, so that equal texts are equal tokens"
     if options.unicode != "keep":
         _change(done, {id(row) for row in rows}, form, lambda text: unicodedata.normalize(form, text))

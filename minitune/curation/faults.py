@@ -46,7 +46,7 @@ _DIRECTIONS = re.compile(r"[\u200e\u200f\u061c\u202a-\u202c\u2066-\u2069]")  # b
 _BOILERPLATE = re.compile(
     r"\bas an? (?:ai|artificial intelligence|large language|language)(?: language)?[- ](?:model|assistant)\b"
     r"|\bas an ai,|\bmy (?:knowledge|training)(?: data)? (?:cut[- ]?off|only goes up to)|\bregenerate response\b"
-    r"|\bI(?:'m| am) (?:ChatGPT|an AI (?:language )?model (?:developed|created|trained) by)"
+    r"|\bI(?:['’]m| am) (?:ChatGPT|an AI (?:language )?model (?:developed|created|trained) by)"
     r"|\b(?:accept|we use|uses?|manage|this site uses) (?:all )?cookies\b"
     r"|\bcookie (?:policy|settings|preferences|notice)\b"
     r"|\bclick here\b|\bsubscribe to (?:our|my) (?:newsletter|channel)\b|\bsign up for our newsletter\b"
