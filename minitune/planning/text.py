@@ -60,9 +60,9 @@ def _bytes(found: Mapping[str, Any]) -> Iterator[str]:
     names = {"held": "held all along", "peak": "peak of the tensors", "resident": "growth of the process"}
     shown = [(names.get(name, name.replace("_", " ")), sized(size)) for name, size in counted.items() if size]
     yield from columns(shown)
-    more = (
-        f"{sized(PROCESS)} for Python and torch" if found["on_cpu"] else f"{MARGIN - 1:.0%} for context and allocator"
-    )
+    more = f"{MARGIN - 1:.0%} for context and allocator"
+    if found["on_cpu"]:
+        more = f"{sized(found['needed'] - found['ledger']['resident'])} for Python and torch"
     yield f"  needed: {sized(found['needed'])}, with {more}"
     if found["generation"]:
         cache, peak = (sized(found["generation"][name]) for name in ("cache", "peak"))

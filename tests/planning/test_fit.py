@@ -37,7 +37,8 @@ def test_one_more_would_not_fit(cpu):
     assert needed[0] <= memory < needed[1]
     longer = [dataclasses.replace(run, length=one.length + more).needed(cpu) for more in (0, 1)]
     assert longer[0] <= memory and (longer[1] > memory or one.length == CONFIG.longest)
-    assert found["lora, checkpointing"].batch > one.batch
+    if not cpu:  # there torch's compiler, which comes with it, outweighs what a model of this size saves
+        assert found["lora, checkpointing"].batch > one.batch
     assert found["qlora"].needed < one.needed < found["full"].needed
     assert all(each.length <= CONFIG.longest for each in found.values())
 
