@@ -78,12 +78,14 @@ class Penalty:
         fisher: dict[str, torch.Tensor] | None = None,
     ):  # fmt: skip
         """Keep a copy of what the weights are; raises ConfigError for adapters by DoRA."""
-        self.strength, given = strength, fisher or {}
-        self.parts = [_Plain(p, p.detach().clone(), given.get(n)) for n, p in plain_parameters(parameters).items()]
+        self.strength = strength
+        self.parts: list[_Plain | _LowRank] = []
+        for name, parameter in plain_parameters(parameters).items():
+            self.parts.append(_Plain(parameter, parameter.detach().clone(), fisher and fisher[name]))
         for path, layer in adapted_layers(model).items():
             start = tuple(factor.detach().clone() for factor in (layer.lora.A, layer.lora.B))
             fresh = not start[1].any()
-            self.parts.append(_LowRank(layer.lora, None if fresh else start, given.get(f"{path}.weight")))
+            self.parts.append(_LowRank(layer.lora, None if fresh else start, fisher and fisher[f"{path}.weight"]))
 
     @torch.no_grad()
     def add(self, weight: float) -> float:

@@ -21,6 +21,7 @@ from minitune.training import loop, penalty
 from minitune.training.config import LoRAOptions, OptimizerConfig, PenaltyOptions, TrainConfig
 from minitune.training.penalty import Penalty, held_weights
 from minitune.training.run import choose_parameters, train
+from tests.kernels.proof import mutant
 from tests.training.conftest import in_child, outcome, resumed, wait
 from tests.training.test_loop import RAGGED, collate, window_gradient
 from tests.training.test_resume import before_call
@@ -72,18 +73,16 @@ def adapted(folder, config, moved):
     return model, loras
 
 
-@pytest.mark.parametrize("kind", ["ewc", "l2"])
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_the_gradient_of_adapters_is_that_of_the_change_they_make(tiny_model, adapter, kind, monkeypatch):
-    """Against autograd through D = s (B A - B0 A0), formed whole."""
-    monkeypatch.setattr(penalty, "SLICE", 100)
-    model, loras = adapted(tiny_model, *ADAPTERS[adapter])
+def check_adapters(module, folder, adapter, kind):
+    """The module's gradient against autograd through D = s (B A - B0 A0), formed whole."""
+    module.SLICE = 100
+    model, loras = adapted(folder, *ADAPTERS[adapter])
     parameters = trainable_parameters(model)
     held = held_weights(model, parameters)
     assert held.keys() == {f"{path}.weight" for path in loras}
     importance = {n: drawn(w.shape, 3).square() for n, w in held.items()} if kind == "ewc" else None
     start = {path: lora.scaling * (lora.B @ lora.A).detach() for path, lora in loras.items()}
-    price = Penalty(model, parameters, 0.3, importance)
+    price = module.Penalty(model, parameters, 0.3, importance)
     assert price.add(2.0) == 0
     for number, lora in enumerate(loras.values()):
         lora.A.data.add_(drawn(lora.A.shape, 30 + number))
@@ -95,6 +94,31 @@ def test_the_gradient_of_adapters_is_that_of_the_change_they_make(tiny_model, ad
     assert value == pytest.approx(float(total.detach()), rel=1e-9)
     for name, grad in zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True):
         torch.testing.assert_close(parameters[name].grad, 2 * grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["ewc", "l2"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_gradient_of_adapters_is_that_of_the_change_they_make(tiny_model, adapter, kind, monkeypatch):
+    monkeypatch.setattr(penalty, "SLICE", 100)
+    check_adapters(penalty, tiny_model, adapter, kind)
+
+
+MUTANTS = [
+    ("part_db.add_(priced @ A.T, alpha=factor * s)", "part_db.add_(priced @ A.T, alpha=factor)", "ewc"),
+    ("priced = change * fisher\n", "priced = change\n", "ewc"),
+    ("da.add_(part_B.T @ priced", "da.add_(part_b.T[: len(A)] @ priced", "ewc"),
+    ("[A, A - self.start[0]]", "[A, -self.start[0]]", "ewc"),
+    ("[A, A - self.start[0]]", "[A, -self.start[0]]", "l2"),
+    ("None if fresh else start", "None", "l2"),
+    ("(b @ (a @ A.T), alpha=factor * s**2)", "(b @ (a @ A.T), alpha=factor * s)", "l2"),
+    ("return self.strength / 2 *", "return self.strength *", "l2"),
+]
+
+
+@pytest.mark.parametrize("old,new,kind", MUTANTS)
+def test_planted_mistakes_are_caught(tiny_model, tmp_path, old, new, kind):
+    with pytest.raises(AssertionError):
+        check_adapters(mutant(penalty, tmp_path, old, new), tiny_model, "a loaded one", kind)
 
 
 def test_a_small_change_of_a_large_start_is_not_lost_to_cancellation(tiny_model):
