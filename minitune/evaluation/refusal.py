@@ -20,6 +20,7 @@ patterns anywhere: long answers quote, warn and apologise.
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,11 +124,15 @@ class Detection:
         """Return the share of refusals behind a share that the detector sees, between 0 and 1."""
         return self._corrected(seen, self.recall, self.specificity)
 
-    def bounds(self, seen: float) -> tuple[float, float]:
-        """Return the least and the greatest such share that the 95% intervals of recall and specificity allow."""
+    def bounds(self, refused: int, answers: int) -> tuple[float, float]:
+        """Return the least and the greatest such share where it calls `refused` of some `answers` refusals.
+
+        They are those that the 95% intervals of what it sees, of its recall and of its specificity allow together.
+        """
+        seen = wilson_interval(refused, answers)
         recalls = wilson_interval(self.found, self.found + self.missed)
         specificities = wilson_interval(self.passed, self.passed + self.false_alarms)
-        corners = [self._corrected(seen, recall, other) for recall in recalls for other in specificities]
+        corners = [self._corrected(*corner) for corner in itertools.product(seen, recalls, specificities)]
         return min(corners), max(corners)
 
     @staticmethod

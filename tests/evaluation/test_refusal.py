@@ -49,8 +49,11 @@ def test_a_rate_is_corrected_by_the_detectors_error():
     # Half refuse: 0.5 x 0.8 found and 0.5 x 0.1 false alarms are seen.
     assert found.true_rate(0.45) == pytest.approx(0.5)
     assert found.true_rate(0.05) == 0.0 and found.true_rate(0.95) == 1.0
-    low, high = found.bounds(0.45)
+    low, high = found.bounds(450, 1000)
     assert 0 < low < 0.5 < high < 1
+    assert found.bounds(45, 100)[0] < low and found.bounds(45, 100)[1] > high  # of fewer answers less is known
+    none = Detection(found=1000, missed=0, passed=1000, false_alarms=0).bounds(0, 24)
+    assert none[0] == 0 and none[1] == pytest.approx(0.138, abs=0.003)  # Wilson's interval of 0 of 24
 
 
 def test_the_halves_share_no_text_and_unrelated_refusals_are_left_out():
