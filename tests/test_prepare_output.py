@@ -108,6 +108,26 @@ def test_golden_rows_are_nowhere_else_not_even_nearly(prepare):
     assert lines("out/removed.jsonl")[0]["row"]["output"] == "b"
 
 
+def test_golden_rows_of_groups_are_whole_groups(prepare):
+    prepare("--output", "out", "--golden", "20", "--group", "book", "--exact_sizes")
+    books = [ROWS[int(row["id"].partition(":")[2]) - 1]["book"] for row in lines("out/golden.jsonl")]
+    assert len(books) == 20 and sorted(books) == sorted([*set(books)] * 10)
+    assert not {row["book"] for name in ("train", "validation", "test") for row in lines(f"out/{name}.jsonl")} & {
+        *books
+    }
+
+
+def test_files_are_weighed_against_each_other(prepare):
+    save("more.jsonl", [{"prompt": f"More {i}?", "completion": "x"} for i in range(100)])
+    prepare("--output", "out", "--weights", "[3,1]", "--exact_sizes", files=("rows.jsonl", "more.jsonl"))
+    facts = json.loads(Path("out/report.json").read_text())["prepared"]
+    first, second = facts["mixture"]
+    # of 200 rows 160 are for training, some 80 of each file; the first is the scarce one
+    assert (first["rows"], second["rows"]) == (first["of"], round(first["of"] / 3))
+    assert facts["splits"]["train"] == 160 and facts["lines"]["train"] == first["rows"] + second["rows"]
+    assert {row["source"]["format"] for row in lines("out/train.jsonl")} == {"alpaca", "prompt_completion"}
+
+
 def test_leaks_are_listed_and_taken_out_on_request(prepare):
     save("exam.jsonl", [{"q": ROWS[3]["instruction"], "a": "no"}, {"q": "Something else altogether?", "a": "no"}])
     code, shown = prepare("--output", "out", "--evaluation_sets", "[exam.jsonl]")

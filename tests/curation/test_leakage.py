@@ -1,7 +1,9 @@
 """Leaks between splits: each kind by hand, n-grams against plain sets of tuples, and what must not be called one."""
 
+import itertools
 import json
 import random
+import time
 
 import pytest
 
@@ -126,6 +128,21 @@ def test_evaluation_sets_of_any_shape_are_read(tmp_path):
     assert [found.origin for found in probes_of_set(str(lines))] == [f"{lines}:1", f"{lines}:3"]
     with pytest.raises(DataError, match="no such file"):
         probes_of_set(str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.real
+def test_a_hundred_thousand_rows_take_less_than_a_minute_of_one_core():
+    draw = random.Random(5)
+    weights = list(itertools.accumulate(1 / (i + 1) for i in range(len(WORDS))))
+    texts = [" ".join(draw.choices(WORDS, cum_weights=weights, k=draw.randint(20, 100))) for _ in range(100_000)]
+    for k in range(100):  # passages of 13 words out of training rows
+        texts[90_000 + k] += " " + " ".join(texts[k].split()[:13])
+    parts = {"train": texts[:80_000], "validation": texts[80_000:90_000], "test": texts[90_000:]}
+    splits = [(name, probes(name, part)) for name, part in parts.items()]
+    began = time.process_time()
+    found = find_leaks(splits)
+    assert time.process_time() - began < 60
+    assert {f"train:{k}" for k in range(100)} <= {leak.row for leak in found}
 
 
 def test_texts_without_words_are_no_leak():
