@@ -24,7 +24,9 @@ _TAGS = (
 )
 _TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]{{0,400}})?\s?/?>|<!--.{{0,400}}?-->", re.IGNORECASE | re.DOTALL)
 _HIDDEN = re.compile(r"<(script|style)\b.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
-_BREAK = re.compile(r"[ \t]*<(?:br\s?/?|/(?:p|div|li|tr|h[1-6]|ul|ol|table))\s*>[ \t]*", re.IGNORECASE)
+_ENDS = r"<(?:br\s?/?|/(?:p|div|li|tr|h[1-6]|ul|ol|table))\s*>"
+_BREAK = re.compile(rf"[ \t]*{_ENDS}[ \t]*", re.IGNORECASE)
+_EDGES = re.compile(rf"\A(?:\s*{_ENDS})+\s*|(?:\s*{_ENDS})+\s*\Z", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:[a-zA-Z][a-zA-Z0-9]{1,30}|#\d{1,7}|#[xX][0-9a-fA-F]{1,6});")
 _ABOUT_MARKUP = re.compile(
     r"\b(?:[dx]?html5?|xml|svg|css|jsx|markup|markdown|tags?|web ?(?:page|site)s?|webpage|javascript|react|vue|angular|"
@@ -101,7 +103,7 @@ def _markup_in(row: Any) -> str | None:
 
 def repair_markup(text: str) -> str:
     """Return the text without tags and with entities as characters; what is in code stays as it is."""
-    pieces, end = [], 0
+    pieces, end, text = [], 0, _EDGES.sub("", text)
     for code in [*_FENCED.finditer(text), None]:
         piece = text[end : code.start()] if code else text[end:]
         piece = _TAG.sub("", _BREAK.sub("\n", _HIDDEN.sub("", piece)))
