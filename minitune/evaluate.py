@@ -234,10 +234,13 @@ class EvaluateConfig(ModelOptions):
         for name, given in (("blind", self.blind.asked), ("golden_page", self.golden_page), ("answers", self.answers)):
             if given and self.also is not None:
                 raise ConfigError(f"{name} is for two models, and also names more; leave one of them out")
-        if self.answers is not None and set(self.kinds) <= set(ANSWERED):
-            for name in ("adapter", "base", "max_new_tokens", "batch_size"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f"{name} has no effect on answers that are given; leave it out")
+        asking = bool(self.golden or self.blind.prompts or self.judge.prompts)
+        idle = [] if asking or not set(self.kinds) <= set(ANSWERED) else ["answers", "max_rows"]
+        if set(self.kinds) <= set(ANSWERED) and (self.answers is not None or not asking):
+            idle += ["adapter", "base", "max_new_tokens", "batch_size"]
+        for name in idle:
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} has no effect on answers that are given; leave it out")
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -25,10 +25,11 @@ from typing import Any
 from minitune.data.formats import Record
 from minitune.data.prompts import parse_prompt
 from minitune.data.reading import RowError, data_path, first_of, read_rows
-from minitune.endpoint import Conversation, Reply
+from minitune.endpoint import Reply
 from minitune.errors import ConfigError, DataError, nearest, type_name
 from minitune.evaluation.answers import shown_prompt
 from minitune.evaluation.compliance import answer_form, json_test, schema_test
+from minitune.evaluation.judging import Ask
 from minitune.evaluation.patterns import check_pattern, found_in
 from minitune.evaluation.text_metrics import exact_match
 from minitune.evaluation.verdicts import Missing, pass_question, read_verdict
@@ -36,7 +37,6 @@ from minitune.evaluation.verdicts import Missing, pass_question, read_verdict
 EXPECTATIONS = ("exact", "contains", "not_contains", "regex", "schema", "judge")
 _FIELDS = ("id", "tags", "expect", "prompt", "messages", "system")
 CUT_OFF = "was cut off"
-Judge = Callable[[list[Conversation]], list[Reply | Missing]]
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _schema(value: Any, origin: str, path: Path) -> Callable[[str], bool]:
     return json_test(schema_test(value, origin))
 
 
-def check(rows: Sequence[Row], replies: Sequence[Reply], judge: Judge | None = None) -> list[Checked]:
+def check(rows: Sequence[Row], replies: Sequence[Reply], judge: Ask | None = None) -> list[Checked]:
     """Return for each row whether its answer holds.
 
     Args:

@@ -12,10 +12,11 @@ judged alone, one score for each criterion, and the two models are compared on t
 Single-order judging was rejected, at half the price: what it gains in verdicts it loses to the place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from minitune.endpoint import Conversation, Reply
 from minitune.evaluation.agreement import agreement
 from minitune.evaluation.answers import Duel, shown_answer
 from minitune.evaluation.bootstrap import mean_of
@@ -24,7 +25,6 @@ from minitune.evaluation.rubric import Rubric
 from minitune.evaluation.scores import Measured, report, score_lines
 from minitune.evaluation.verdicts import (
     Missing,
-    ask_all,
     missing_counts,
     pairwise_question,
     read_scores,
@@ -36,23 +36,19 @@ from minitune.reporting.page import visible
 
 WORDS = ("A", "B", "TIE")
 Verdict = str | Missing
+Ask = Callable[[list[Conversation]], list[Reply | Missing]]
+"""Questions -> the judge's replies, or why there is none: a responder, by way of `verdicts.ask_all`."""
 Both = tuple[Verdict, Verdict]  # the tuned model's answer first, then the base's
 
 
-def pairwise_verdicts(duels: Sequence[Duel], rubric: Rubric, responder: Any, **options: Any) -> list[Both | None]:
-    """Return a judge's verdicts on each duel in both orders; None for one that is not asked, being identical.
-
-    `options` are those of `verdicts.ask_all`, whose errors these are too.
-    """
+def pairwise_verdicts(duels: Sequence[Duel], rubric: Rubric, ask: Ask) -> list[Both | None]:
+    """Return a judge's verdicts on each duel in both orders; None for one that is not asked, being identical."""
     asked = [duel for duel in duels if not duel.identical]
     questions = []
     for duel in asked:
         ours, theirs = shown_answer(duel.tuned), shown_answer(duel.base)
         questions += [pairwise_question(duel.prompt, *pair, rubric) for pair in ((ours, theirs), (theirs, ours))]
-    read = [
-        reply if isinstance(reply, Missing) else read_verdict(reply, WORDS)
-        for reply in ask_all(responder, questions, **options)
-    ]
+    read = [reply if isinstance(reply, Missing) else read_verdict(reply, WORDS) for reply in ask(questions)]
     pairs = iter(zip(read[::2], read[1::2], strict=True))
     return [None if duel.identical else next(pairs) for duel in duels]
 
@@ -103,11 +99,10 @@ def _agreement(outcomes: dict[int, Outcome | None], votes: dict[int, Outcome] | 
 
 
 def score_answers(
-    prompts: Sequence[str], answers: Sequence[str], rubric: Rubric, responder: Any, **options: Any
-) -> list:
-    """Return a judge's scores of each answer, {criterion: score}, or why there are none; options as `ask_all`."""
-    questions = [score_question(*pair, rubric) for pair in zip(prompts, answers, strict=True)]
-    replies = ask_all(responder, questions, **options)
+    prompts: Sequence[str], answers: Sequence[str], rubric: Rubric, ask: Ask
+) -> list[dict[str, int] | Missing]:
+    """Return a judge's scores of each answer, {criterion: score}, or why there are none."""
+    replies = ask([score_question(*pair, rubric) for pair in zip(prompts, answers, strict=True)])
     return [reply if isinstance(reply, Missing) else read_scores(reply, rubric) for reply in replies]
 
 

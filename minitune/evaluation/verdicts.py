@@ -134,7 +134,7 @@ def ask_all(
     Raises DataError for a journal that is none.
     """
     keys = [identity(judge, conversation) for conversation in conversations]
-    replies: dict[str, Reply | Missing] = {} if journal is None else dict(_read_journal(Path(journal)))
+    replies: dict[str, Reply | Missing] = {} if journal is None else dict(read_journal(journal))
     todo = {key: one for key, one in zip(keys, conversations, strict=True) if key not in replies}
     if on_batch:
         on_batch(sum(key in replies for key in keys))
@@ -183,19 +183,24 @@ def _ask(responder: Responder, batch: dict[str, Conversation]) -> dict[str, Repl
     return found
 
 
-def _read_journal(path: Path) -> Iterator[tuple[str, Reply]]:
-    """Yield (identity, reply) of a journal; a line that a killed run left half written is passed over."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+def read_journal(path: str | Path) -> dict[str, Reply]:
+    """Return {identity: reply} of a journal, {} where it is not there yet; DataError for a file that is none.
+
+    A line that a killed run left half written is passed over.
+    """
+    text = Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else ""
+    found = {}
     for number, line in enumerate(text.split("\n"), 1):
         try:
             row = loads(line or "{}")
         except ValueError:
             row = {} if line.startswith(_OPENING) else None
         if isinstance(row, dict) and {name: type(value) for name, value in row.items()} == _FIELDS:
-            yield row["request"], Reply(row["text"], row["finished"])
+            found[row["request"]] = Reply(row["text"], row["finished"])
         elif row != {}:
             remedy = "name a file that is not there yet, or one made here"
             raise DataError(f"{path}:{number}: not a line of a judge's journal; {remedy}")
+    return found
 
 
 @contextmanager

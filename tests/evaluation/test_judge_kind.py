@@ -8,12 +8,13 @@ import pytest
 
 from minitune import evaluate
 from minitune.checkpoint.load import load_model, load_tokenizer
-from minitune.errors import ConfigError, DataError
+from minitune.errors import CheckpointError, ConfigError, DataError
 from minitune.evaluation import blind
 from minitune.evaluation.judge import differences
 from minitune.evaluation.rubric import read_rubric
 from tests.chat_server import Answer, chat_server
 
+ANY = ("--judge.model", "any", "--judge.endpoint", "http://localhost:9/v1")
 PAIRS = [("8 yes", "2 no"), ("1 a", "5 b"), ("7 c", "3 d"), ("4 same", "4 same"), ("9 e", "6 f, at length")]
 
 
@@ -140,10 +141,14 @@ def test_a_local_judge_by_probabilities_and_by_words(files, roomy, capsys):
         (("--judge.prompts", "p"), "no model is named that answers"),
         (("--judge.model", "m", "--judge.prompts", "p", "--judge.key", "k"), "leave one of them out"),
         (("--judge.model", "m", "--judge.prompts", "p", "--judge.votes", "v"), "name its key with --judge.key"),
-        (("--judge.model", "m", "--judge.prompts", "p"), "judge.by pairs compares two models, and there is one"),
-        (("--judge.model", "m", "--judge.key", "none.json"), "none.json: not the key of a blind comparison"),
+        (("--judge.model", "m", "--judge.key", "k", "--adapter", "a"), "adapter has no effect on answers"),
+        (("--judge.model", "m", "--judge.key", "k", "--max_rows", "3"), "max_rows has no effect on answers"),
+        (("--judge.model", "nosuch", "--judge.prompts", "p", "--base", "b"), "nosuch: no such file or folder"),
+        ((*ANY, "--judge.prompts", "p", "--base", "b", "--judge.journal", "p"), "not a line of a judge's journal"),
+        ((*ANY, "--judge.prompts", "p"), "judge.by pairs compares two models, and there is one"),
+        ((*ANY, "--judge.key", "none.json"), "none.json: not the key of a blind comparison"),
         (("--judge.model", "m", "--judge.key", "k", "--judge.max_missing", "2"), "must be a share, 0 to 1"),
-        (("--judge.model", "m", "--judge.key", "k", "--judge.rubric", "none.md"), "rubric none.md cannot be read"),
+        ((*ANY, "--judge.key", "k", "--judge.rubric", "none.md"), "rubric none.md cannot be read"),
         (("--judge.model", "m", "--judge.key", "k", "--judge.read", "probabilities", "--judge.by", "scores"),
          "by scores has no effect"),
         (("--judge.model", "m", "--judge.key", "k", "--judge.read", "probabilities", "--judge.journal", "j"),
@@ -155,5 +160,5 @@ def test_options_that_make_no_sense_together(options, line, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("Hello\n")
     fixed = ["p.txt" if option == "p" else option for option in options]
-    with pytest.raises((ConfigError, DataError), match=line):
+    with pytest.raises((CheckpointError, ConfigError, DataError), match=line):
         run(*fixed)

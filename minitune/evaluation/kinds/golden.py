@@ -8,7 +8,7 @@ from minitune.errors import ConfigError
 from minitune.evaluation import golden, golden_diff
 from minitune.evaluation.answers import Asked, model_answers
 from minitune.evaluation.kinds import progress
-from minitune.evaluation.kinds.judge import asker, model_names, problem_of
+from minitune.evaluation.kinds.judge import asker, check_judge, model_names, problem_of
 from minitune.files import atomic_file
 from minitune.sources import resolve
 
@@ -31,6 +31,8 @@ def read(config: Any) -> Task:
         raise ConfigError(f"{origin} expects a judge's verdict; name a judge, as --judge.model smollm2-135m-instruct")
     if judged is None and config.judge.model is not None and not config.judge.asked:
         raise ConfigError(f"no row of {config.golden} expects a judge's verdict; leave out judge.model")
+    if judged is not None:
+        check_judge(config.judge)
     asked = Asked.of([row.record for row in rows], config.answers)
     return Task(asked.records, asked.given, tuple(rows))
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from minitune.data.prompts import read_prompts
@@ -14,7 +13,7 @@ from minitune.evaluation.judge import differences
 from minitune.evaluation.kinds import progress
 from minitune.evaluation.people import Scores, read_people, score_agreement
 from minitune.evaluation.rubric import Rubric, read_rubric
-from minitune.evaluation.verdicts import Missing, ask_all
+from minitune.evaluation.verdicts import Missing, ask_all, read_journal
 from minitune.evaluation.wins import Outcome
 from minitune.sources import resolve
 
@@ -40,15 +39,14 @@ class Task(Asked):
 def read(config: Any) -> Task:
     """Return what is judged and by what; errors as `read_rubric`, `read_prompts` and `blind.read_key`."""
     options = config.judge
+    check_judge(options)
     rubric = read_rubric(options.rubric)
     if options.key is None:
         asked = Asked.of(read_prompts(resolve(options.prompts))[: config.max_rows], config.answers)
         if options.by == "pairs":
             check_two(config, asked, "judge.by pairs")
-        sides = SIDES[: 1 + has_two(config, asked)]
-        return Task(
-            asked.records, asked.given, rubric=rubric, people=_people(options, len(asked.records), sides, rubric)
-        )
+        people = _people(options, len(asked.records), SIDES[: 1 + has_two(config, asked)], rubric)
+        return Task(asked.records, asked.given, rubric=rubric, people=people)
     key = blind.read_key(options.key)
     votes = None if options.votes is None else key.outcomes(blind.votes_of(options.votes, key))
     people = _people(options, len(key.duels), SIDES, rubric)
@@ -76,7 +74,7 @@ def report(task: Task, found: list | None, base: list | None, config: Any) -> di
         if options.read == "probabilities":
             verdicts = _letters(pairs, task.rubric, config)
         else:
-            verdicts = _written(partial(judging.pairwise_verdicts, pairs, task.rubric), len(pairs), config)
+            verdicts = judging.pairwise_verdicts(pairs, task.rubric, asker(config))
         made = judging.pairwise_result(pairs, verdicts, task.votes)
     else:
         made = _scores(task, pairs, ours, config)
@@ -93,8 +91,7 @@ def _scores(task: Task, pairs: list[Duel], ours: list[Reply] | None, config: Any
     else:
         prompts, sides = [shown_prompt(record) for record in task.records], [ours]
     shown = [shown_answer(one) for side in sides for one in side]
-    score = partial(judging.score_answers, prompts * len(sides), shown, task.rubric)
-    found = _written(score, len(shown), config)
+    found = judging.score_answers(prompts * len(sides), shown, task.rubric, asker(config))
     halves = [found[start : start + len(prompts)] for start in range(0, len(found), len(prompts))]
     made = judging.scored_result(*halves, **({"duels": pairs, "votes": task.votes} if pairs else {}))
     if task.people is not None:
@@ -110,53 +107,41 @@ def _letters(pairs: list[Duel], rubric: Rubric, config: Any) -> list[judging.Bot
     answers = [[shown_answer(duel.tuned), shown_answer(duel.base)] for duel in asked]
     size = config.judge.batch_size or 16
     found = differences(model, tokenizer, [duel.prompt for duel in asked], answers, rubric.text, size)
-    letters = [tuple("A" if one[order] > 0 else "B" if one[order] < 0 else "TIE" for order in ((0, 1), (1, 0)))
-               for one in found]  # fmt: skip
-    read = iter(letters)
-    return [None if duel.identical else next(read) for duel in pairs]
+    words = {True: "A", False: "B", None: "TIE"}
+    letters = ([words[one[order] > 0 if one[order] else None] for order in ((0, 1), (1, 0))] for one in found)
+    return [None if duel.identical else tuple(next(letters)) for duel in pairs]
 
 
-def _written(ask: Any, total: int, config: Any) -> Any:
-    """Call what asks the judge and reads its words, with its journal and a progress bar."""
-    with progress(total, "judge", "replies") as update:
-        return ask(config.judge.load(), on_batch=update, **_asking(config.judge))
-
-
-def _asking(options: Any) -> dict[str, Any]:
-    """Return the options of `ask_all`; the judge's identity is its name and all that shapes its replies."""
-    settings = (
-        options.name,
-        options.max_new_tokens,
-        options.temperature,
-        options.seed,
-        options.dtype,
-        options.quantize,
-    )
+def asker(config: Any) -> judging.Ask:
+    """Return what asks the judge, with its journal and a bar; its identity there is all that shapes its replies."""
+    options, responder = config.judge, config.judge.load()
+    shaping = ("name", "max_new_tokens", "temperature", "seed", "dtype", "quantize")
+    judge = json.dumps([getattr(options, name) for name in shaping])
     at_once = (options.batch_size or 32) if options.endpoint is None else (options.parallel or 4)
-    return {"judge": json.dumps(settings), "journal": options.journal, "at_once": at_once}
-
-
-def asker(config: Any) -> Any:
-    """Return a function from questions to the judge's replies, each a Reply or what is missing instead."""
-    responder = config.judge.load()
 
     def ask(questions: list[Conversation]) -> list[Reply | Missing]:
         with progress(len(questions), "judge", "replies") as update:
-            return ask_all(responder, questions, on_batch=update, **_asking(config.judge))
+            return ask_all(
+                responder, questions, judge=judge, journal=options.journal, at_once=at_once, on_batch=update
+            )  # fmt: skip
 
     return ask
+
+
+def check_judge(options: Any) -> None:
+    """Refuse a judge or a journal that is not there or none, before models are asked; errors as their readers'."""
+    if options.endpoint is None:
+        resolve(options.model)
+    if options.journal is not None:
+        read_journal(options.journal)
 
 
 def problem_of(missing: int, asked: int, most: float) -> dict[str, str]:
     """Return {"problem": line} where more than the share `most` of what was asked has no verdict, else nothing."""
     if missing <= most * asked:
         return {}
-    share = (
-        f"{missing} of {asked} have no verdict, more than judge.max_missing {most:g}, so the result stands on too few"
-    )
-    remedy = (
-        "take another judge, a larger judge.max_new_tokens, or go on with --judge.journal once the endpoint answers"
-    )
+    share = f"{missing} of {asked} have no verdict, more than judge.max_missing {most:g}: too few to stand on"
+    remedy = "take another judge, raise judge.max_new_tokens, or go on with --judge.journal once the endpoint answers"
     return {"problem": f"{share}; {remedy}"}
 
 
