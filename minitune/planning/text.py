@@ -7,6 +7,9 @@ from minitune.planning.devices import DATE
 from minitune.planning.questions import Verdict
 from minitune.planning.run import MARGIN
 
+SMALL = 1e9
+"""Parameters below which a GPU waits for the processor more than it computes."""
+
 
 def sized(count: float) -> str:
     """Return bytes as "1.3 GB" or "512 MB", of 10^9 and 10^6."""
@@ -89,6 +92,8 @@ def _time(found: Mapping[str, Any]) -> Iterator[str]:
     if len(rows) > 2 or rows[-1][0] != "here, measured":
         yield (f"  from data sheets ({DATE}) and a share of their peaks: a range, not a promise; --measured_step or "
                "--calibrate replace it")  # fmt: skip
+        if found["model"]["parameters"] < SMALL:
+            yield "  a model as small as this gets less of a GPU: count on several times as long there"
 
 
 def _capacities(found: Mapping[str, Any]) -> Iterator[str]:
