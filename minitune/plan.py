@@ -206,7 +206,7 @@ def merged(config: PlanConfig) -> TrainConfig:
         changes.setdefault("accumulation_steps", 1)
     run = dataclasses.replace(base, data="-", **changes)
     uncounted = [name for name in _UNCOUNTED if getattr(run, name)]
-    uncounted += ["lora.modules_to_save"] * bool(run.lora.modules_to_save) + ["penalty"] * bool(run.penalty.kind)
+    uncounted += ["lora.modules_to_save"] * bool(run.lora.modules_to_save)
     if uncounted:
         raise ConfigError(f"{uncounted[0]} is set, which no plan counts; leave it out of the recipe for a plan")
     return run
@@ -231,7 +231,7 @@ def shaped(train: TrainConfig, shape: Any, stored_in_4_bits: bool) -> "Run":
         last_layers=train.last_layers or 2, optimizer=train.optimizer.kind,
         accumulation_steps=train.accumulation_steps, gradient_checkpointing=train.gradient_checkpointing,
         fused_backward=train.fused_backward, packing=train.packing, documents=2 if pairs else 1,
-        preference=train.objective != "sft", reference=train.objective in REFERENCED and not train.precomputes,
+        preference=train.objective != "sft", penalty=train.penalty.kind, reference=train.objective in REFERENCED and not train.precomputes,
     )  # fmt: skip
 
 

@@ -57,6 +57,11 @@ def test_a_recipe_is_planned_and_options_go_over_it(tmp_path):
     assert merged(PlanConfig(recipe="dpo")).objective == "dpo"
 
 
+def test_a_penalty_of_a_recipe_is_counted(folder):
+    run = plan(PlanConfig(folder, recipe="ewc"))
+    assert run["ledger"]["penalty"] > 0 == plan(PlanConfig(folder))["ledger"]["penalty"]
+
+
 def test_time_and_cost_follow_from_steps(folder):
     found = plan(PlanConfig(folder, tokens=100_000, epochs=3, max_length=256, device_name="L4", price=0.8))
     assert found["steps"] == -(-300_000 // 4096)

@@ -42,6 +42,8 @@ class Run:
     """Of an item: 2 for pairs."""
     preference: bool = False
     """An objective over answers."""
+    penalty: str | None = None
+    """Against forgetting: ewc, l2 or none."""
     reference: bool = False
     """Its reference is the model without adapter, which runs forward in each step."""
 
@@ -69,6 +71,7 @@ class Run:
             quantization=self.quantization, last_layers=self.last_layers, optimizer=self.optimizer,
             accumulation_steps=self.accumulation_steps, gradient_checkpointing=self.gradient_checkpointing,
             fused_backward=self.fused_backward, packed=self.packing, preference=self.preference,
+            penalty=self.penalty,
         )  # fmt: skip
 
     def needed(self, cpu: bool) -> int:
