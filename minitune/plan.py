@@ -231,7 +231,8 @@ def shaped(train: TrainConfig, shape: Any, stored_in_4_bits: bool) -> "Run":
         last_layers=train.last_layers or 2, optimizer=train.optimizer.kind,
         accumulation_steps=train.accumulation_steps, gradient_checkpointing=train.gradient_checkpointing,
         fused_backward=train.fused_backward, packing=train.packing, documents=2 if pairs else 1,
-        preference=train.objective != "sft", penalty=train.penalty.kind, reference=train.objective in REFERENCED and not train.precomputes,
+        preference=train.objective != "sft", penalty=train.penalty.kind,
+        reference=train.objective in REFERENCED and not train.precomputes,
     )  # fmt: skip
 
 
