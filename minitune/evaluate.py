@@ -155,7 +155,7 @@ class EvaluateConfig(ModelOptions):
     temperature: float | None = None
     """With references: at which these are drawn (default 0.8)."""
     choices: str | None = None
-    """Rows {"prompt", "choices": [...], "answer"} to choose from by likelihood."""
+    """Rows {"prompt", "choices": [...], "answer"} to choose from by likelihood, or a set, made into choices."""
     base: str | None = None
     """The model to compare with (default: with an adapter, the model without it)."""
     base_prompts: str | None = None
