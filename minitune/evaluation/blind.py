@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minitune.endpoint import Reply
+from minitune.endpoint import Reply, derived_seed
 from minitune.errors import CheckpointError, DataError, counted
 from minitune.evaluation.answers import Duel, shown_answer
 from minitune.evaluation.wins import Outcome, Share, count_wins, longer_wins
@@ -72,8 +72,11 @@ class Key:
 
 
 def make_key(duels: Sequence[Duel], tuned: str, base: str, seed: int = 0) -> Key:
-    """Draw the order of the pairs and their sides; raises DataError where no two answers differ."""
-    lots = random.Random(seed)
+    """Draw the order of the pairs and their sides; raises DataError where no two answers differ.
+
+    The lots are a function of the seed and of who said what: knowing the seed and the page does not tell the sides.
+    """
+    lots = random.Random(derived_seed(seed, [asdict(duel) for duel in duels]))
     places = [place for place, duel in enumerate(duels) if not duel.identical]
     if not places:
         raise DataError(f"all {counted(len(duels), 'pair')} of answers are equal, so there is nothing to choose")
