@@ -98,11 +98,11 @@ def remedies(run: Run, memory: float, *, cpu: bool) -> list[Remedy]:
     for change, cost, changed in _changes(run):
         if needed <= memory:
             break
-        run = dataclasses.replace(run, **changed(run))
-        after = run.needed(cpu)
+        tried = dataclasses.replace(run, **changed(run))
+        after = tried.needed(cpu)
         if after < needed:
-            found.append(Remedy(change(run), cost, after))
-            needed = after
+            run, needed = tried, after
+            found.append(Remedy(change(run), cost, needed))
     return found
 
 

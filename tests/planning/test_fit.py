@@ -65,6 +65,15 @@ def test_the_first_remedy_keeps_the_step():
     assert RUN.step_tokens == dataclasses.replace(RUN, batch_size=1, accumulation_steps=16).step_tokens
 
 
+def test_a_change_that_saves_nothing_is_not_made():
+    """One row a step has no earlier gradients to keep; two micro-batches of one row have."""
+    run = dataclasses.replace(RUN, batch_size=2, length=1, accumulation_steps=1)
+    halved = dataclasses.replace(run, batch_size=1, accumulation_steps=2)
+    assert halved.needed(False) > run.needed(False)
+    first = remedies(run, 1, cpu=False)[0]
+    assert "--batch_size" not in first.change and first.needed < run.needed(False)
+
+
 @pytest.mark.parametrize("packing,rows", [(True, (4, 200)), (False, (8, 100))])
 def test_sides_of_a_pair_lie_in_one_row_where_rows_are_packed(packing, rows):
     run = Run(CONFIG, "lora", 4, 100, packing=packing, documents=2)
