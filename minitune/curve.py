@@ -90,16 +90,14 @@ class Part:
 def main(argv: list[str] | None = None) -> int:
     """Parse the options, train what is missing, measure, fit, print, write; returns the exit code."""
     config = parse(CurveConfig, argv, prog="python -m minitune.curve", description=__doc__.split("\n")[0])
-    if config.labels is not None:
-        from minitune.evaluation.classification import check_labels
-
-        check_labels(config.labels.split(","))
     from minitune.files import sole_writer
 
     resolved = config.training().resolved()
     rows = read_data(config, resolved)
     with sole_writer(Path(config.output)):
         parts = plan(config, resolved, rows)
+        if config.labels is not None:
+            _labelled(config, parts[0])  # refuses rows without a label before the work, not after
         found: dict[str, dict] = {}
         for part in parts:
             measured = measure(config, part)
@@ -243,15 +241,21 @@ def measure(config: CurveConfig, part: Part) -> dict[str, Any] | int:
     return measured
 
 
+def _labelled(config: CurveConfig, part: Part) -> list[Any]:
+    """Return the validation rows, which all parts share, with their labels."""
+    from minitune.evaluation.classification import read_labelled
+
+    return [row for source in part.config.validation for row in read_labelled(source.path, config.labels.split(","))]
+
+
 def _wrong(config: CurveConfig, part: Part) -> list[bool]:
     """Return for each validation row whether the trained model's answer is not its label."""
     from tqdm import tqdm
 
-    from minitune.evaluation.classification import ask_labels, classification_metrics, read_labelled
+    from minitune.evaluation.classification import ask_labels, classification_metrics
     from minitune.loading import ModelOptions
 
-    labels = config.labels.split(",")
-    rows = [row for source in part.config.validation for row in read_labelled(source.path, labels)]
+    labels, rows = config.labels.split(","), _labelled(config, part)
     shared = {name: getattr(config, name) for name in ("dtype", "device", "backend")}
     folder = Path(part.config.output)
     adapted = (folder / "adapter").is_dir()

@@ -128,6 +128,7 @@ def test_a_curve_of_error_rates_of_held_out_rows(model, data, tmp_path, capsys):
         (["--shares=[0.001,0.002,1]"], "the parts would have 1, 1, 60 rows"),
         (["--repeats=0"], "repeats is 0"),
         (["--labels=even"], "at least two different ones"),
+        (["--labels=even,uneven"], "held.jsonl|validation-0.jsonl:2: the answer 'odd' is not one of the labels"),
         (["--max_new_tokens=4"], "max_new_tokens is set without labels"),
         (["--resume"], "resume belongs to a single run"),
         (["--require=best_loss<=1"], "require belongs to a single run"),
