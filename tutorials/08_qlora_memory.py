@@ -307,7 +307,8 @@ else:
 
 # %% [markdown]
 """All lines of the ledger, for the three methods, as they are here: 256 tokens a step. "room" is what exists only
-for a moment. The peak is not the sum.
+for a moment. The peak is not the sum. The lines "allocator" and "library" are the first two of those three reasons:
+measured, not derived. With them the peak is what a process grows by, "resident".
 """
 
 # %%
