@@ -1,6 +1,6 @@
 """Causes that lie in the data, each a function of a run's facts -> Finding or None. Thresholds and their reasons:
 
-FEW_ROWS 50, FEW_TARGETS 200   guides for fine-tuning begin at 50 to 100 rows; 200 tokens are 100 one-word answers
+FEW_ROWS 50, FEW_TARGETS 100   guides for fine-tuning begin at 50 to 100 rows; a word and its end are two targets
 MAJORITY 0.8                   answering always the same is right in four of five rows, so that is what is learned
 COPIES 0.2                     a fifth of the rows at double weight; 5% are usual in crawled data (a note)
 CONTRADICTED 0.1, FREE 0.3     labels have one right answer; of free texts some questions rightly have several
@@ -14,7 +14,7 @@ from minitune.errors import counted
 from minitune.reporting.findings import DATA, NOTE, Finding, ranked
 from minitune.reporting.record import Run
 
-FEW_ROWS, FEW_TARGETS = 50, 200
+FEW_ROWS, FEW_TARGETS = 50, 100
 MAJORITY, COPIES, CONTRADICTED, FREE, LEAKED, MARKED, CUT, LOST = 0.8, 0.2, 0.1, 0.3, 0.02, 0.05, 0.1, 0.1
 SOME_COPIES = 0.05
 SHORTEST_CUT = {"characters": 16, "words": 4, "tokens": 8}  # a limit below these would be no text

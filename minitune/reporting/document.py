@@ -14,7 +14,7 @@ from minitune.reporting import page
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A text; `lead` stands before it in bold."""
+    """A text; `lead` stands before it in bold, or alone."""
 
     text: str
     lead: str = ""
@@ -85,7 +85,7 @@ def _plain(text: Any) -> str:
 
 def _markdown(part: Part) -> str:
     if isinstance(part, Paragraph):
-        return (f"**{_plain(part.lead)}**: " if part.lead else "") + _plain(part.text)
+        return ": ".join([f"**{_plain(part.lead)}**"] * bool(part.lead) + [_plain(part.text)] * bool(part.text))
     if isinstance(part, Table):
         lines = [part.head, ["---"] * len(part.head), *part.rows]
         return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
@@ -99,8 +99,8 @@ def _markdown(part: Part) -> str:
 
 def _html(part: Part) -> str:
     if isinstance(part, Paragraph):
-        lead = f"<strong>{page.escape(part.lead)}</strong>: " if part.lead else ""
-        return f"<p>{lead}{page.escape(part.text)}</p>"
+        lead = [f"<strong>{page.escape(part.lead)}</strong>"] * bool(part.lead)
+        return f"<p>{': '.join(lead + [page.escape(part.text)] * bool(part.text))}</p>"
     if isinstance(part, Table):
         return page.table(part.head, part.rows)
     if isinstance(part, Code):
