@@ -140,6 +140,23 @@ def test_leaks_are_listed_and_taken_out_on_request(prepare):
     assert sum(len(lines(f"out/{name}.jsonl")) for name in ("train", "validation", "test")) == 99
 
 
+def test_rehearsal_rows_are_looked_at_as_training_rows(prepare):
+    save("general.jsonl", [{"prompt": f"General {i}?", "completion": "x"} for i in range(50)])
+    save("exam.jsonl", [{"q": "What is general 7 for you?"}, {"q": "General   7?  "}, {"q": "tell me: general 7?"}])
+    prepare("--output", "out", "--rehearsal", "general.jsonl", "--evaluation_sets", "exam.jsonl", "--leaks", "remove",
+            "--shortage", "less", "--rehearsal_share", "0.4")  # fmt: skip
+    assert lines("out/leaks.jsonl") == []  # two words are not taken for a question
+    long = [{"prompt": f"Say something general about the number {i}, please?", "completion": "x"} for i in range(50)]
+    save("general.jsonl", long)
+    save("exam.jsonl", [{"q": f" {long[7]['prompt'].upper()}"}])
+    prepare("--output", "out", "--overwrite", "--rehearsal", "general.jsonl", "--evaluation_sets", "exam.jsonl",
+            "--leaks", "remove", "--shortage", "less", "--rehearsal_share", "0.4")  # fmt: skip
+    assert [leak["row"] for leak in lines("out/leaks.jsonl")] == ["general.jsonl:8"]
+    assert [gone["origin"] for gone in lines("out/removed.jsonl")] == ["general.jsonl:8"]
+    written = {row["source"]["origin"] for row in lines("out/train.jsonl") if row["source"]["role"] == "rehearsal"}
+    assert len(written) == 49 and "general.jsonl:8" not in written
+
+
 def test_cleaning_is_done_as_asked_and_said(prepare):
     save(
         "rows.jsonl",

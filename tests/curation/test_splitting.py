@@ -109,6 +109,19 @@ def test_groups_stay_whole_and_labels_come_as_near_as_they_allow():
         assert abs(sum(one.record.completion == "yes" for one in parts[name]) / len(parts[name]) - yes) < 0.1
 
 
+def test_a_rare_label_counts_as_much_as_a_common_one():
+    # Halves of 100 common and 4 rare rows. The largest group goes to train, the next to test, which then lack 0 and 3
+    # common rows, 1 and 0 rare ones. The last: 3 x 0/100 + 1 x 1/4 = 0.25 is more than 3 x 3/100 + 1 x 0/4 = 0.09.
+    groups = {"a": ["c"] * 50 + ["r"], "b": ["c"] * 47 + ["r"] * 2, "d": ["c"] * 3 + ["r"]}
+    keys = [key for key, labels in groups.items() for _ in labels]
+    labels = [label for own in groups.values() for label in own]
+    parts = deal(keys, labels, {"train": 0.5, "test": 0.5}, seed=0)
+    assert {name: Counter(keys[i] for i in part).keys() for name, part in parts.items()} == {
+        "train": {"a", "d"},
+        "test": {"b"},
+    }
+
+
 def test_a_label_may_be_a_field_and_a_judgement():
     parts = split([row(i, stars=i % 2) for i in range(40)], {"train": 0.5, "test": 0.5}, stratify="stars")
     assert Counter(one.fields["stars"] for one in parts["train"]) == {0: 10, 1: 10}
