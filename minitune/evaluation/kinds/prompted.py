@@ -50,7 +50,7 @@ def measure_best(
 def prompt_lines(kind: str, found: dict[str, Any]) -> list[str]:
     """Return the lines that say where a report's rows come from and how the base was asked."""
     data = found["data"]
-    lines = [f"{kind:<12}{data['set']} ({data['licence']})"] if "set" in data else []
+    lines = [f"{kind:<11} {data['set']} ({data['licence']})"] if "set" in data else []
     asked = (found.get("base_answers") or found.get("answers") or found).get("prompt")
     if asked is None:
         plain = "base asked  as the rows ask; with --validation rows it is asked in its best way"
