@@ -155,7 +155,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     result = [f"{what:<12}{found[what]}, judged {found['judged']}, without a verdict {found['without_verdict']}"]
     result[0] += f", identical {found['identical']} (ties)" if "identical" in found else ""
     for kind, count in found["missing"].items():
-        example = visible(found["details"].get(kind, ""))
+        example = visible(" ".join(found["details"].get(kind, "").split()))
         result.append(f"{'':<12}no verdict: {kind}, {count}" + (f" (as: {example})" if example else ""))
     if "scores" in found:
         result += score_lines(found)
