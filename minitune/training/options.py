@@ -168,7 +168,7 @@ class PreferenceOptions:
 
 
 # What each penalty may be told, with its defaults; `training/penalty.py` gives equations and sources.
-PENALTIES: dict[str, dict[str, Any]] = {"ewc": {"strength": 1.0, "tokens": 16384}, "l2": {"strength": 0.01}}
+PENALTIES: dict[str, dict[str, Any]] = {"ewc": {"strength": 100.0, "tokens": 16384}, "l2": {"strength": 0.01}}
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class PenaltyOptions:
     kind: Literal["ewc", "l2"] | None = None
     """ewc prices a weight's change by what general text makes of it, l2 every change alike; null is no price."""
     strength: float | None = None
-    """Lambda: how many nats of loss a nat of drift (ewc, default 1) or half a squared change (l2, 0.01) may cost."""
+    """Lambda: nats of loss for a nat of drift as the diagonal sees it (ewc, 100), or for |change|^2 / 2 (l2, 0.01)."""
     text: str | None = None
     """ewc: general text, in any format of training data, or a fetched one's name (c4-demo)."""
     tokens: int | None = None
