@@ -77,6 +77,8 @@ class PrepareConfig(CurationOptions):
         if self.rows < 0:
             raise ConfigError(f"rows is {self.rows}; it must be 0 or more")
         check_seed(self.seed)
+        if self.output is not None and self.json and Path(self.json).parent.resolve() == Path(self.output).resolve():
+            raise ConfigError("json names a file in output, where report.json has the same; leave it out")
         if self.output is None:
             self._refuse_without_output()
         elif self.share_of != "rows" and not (self.weights or self.shares):
@@ -131,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     lines += problem_lines(report)
     if prepared is not None:
         lines += [f"next: {content['prepared']['next']}"] if content["prepared"]["next"] else []
-        lines += [f"the whole report: {config.output}/report.html"]
+        lines += [f"the whole report: {Path(config.output, 'report.html')}"]
     print(harmless("\n".join(lines)))
     if config.json:
         Path(config.json).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
@@ -186,7 +188,7 @@ def inspected(
 
     files, format, columns, weights = config.files, config.format, config.columns, config.weights
     if splits is not None:
-        files, format, columns, weights = [f"{config.output}/train.jsonl"], "auto", None, None
+        files, format, columns, weights = [str(Path(config.output, "train.jsonl"))], "auto", None, None
     report, items = inspect_files(
         files,
         tokenizer,
@@ -200,7 +202,7 @@ def inspected(
         kind=kind,
     )
     if splits is not None and "validation" in splits:
-        refuse_validation(report, items, f"{config.output}/validation.jsonl", tokenizer, **encoding(config))
+        refuse_validation(report, items, str(Path(config.output, "validation.jsonl")), tokenizer, **encoding(config))
     refuse_beyond(report, items, stored_positions(resolve(config.model)))
     return report, items
 
@@ -218,9 +220,9 @@ def described(found: Any, clean: Any) -> dict[str, Any]:
 
 def conclusion(config: PrepareConfig, report: "Report", kind: "Kind", prepared: "Prepared") -> dict[str, Any]:
     """Return what stands at the top of the report (the verdict, the command to go on with), and the options."""
-    command = ["python", "-m", "minitune.train", "--data", f"{config.output}/train.jsonl"]
+    command = ["python", "-m", "minitune.train", "--data", str(Path(config.output, "train.jsonl"))]
     if "validation" in prepared.splits:
-        command += ["--validation", f"{config.output}/validation.jsonl"]
+        command += ["--validation", str(Path(config.output, "validation.jsonl"))]
     if kind != "examples":
         command += ["--objective", config.objective if config.objective != "auto" else _OBJECTIVE[kind]]
     for name in ("model", "max_length", "truncate", "train_on", "packing"):

@@ -330,6 +330,7 @@ OUT = ["--output", "out"]
         ([*OUT, "--exact_sizes", "--stratify", "book"], "exact_sizes is set beside stratify"),
         ([*OUT, "--clean.remove", "[nonsense]"], "clean.remove"),
         (["--output", "rows.jsonl"], "output rows.jsonl is a file; name a folder"),
+        ([*OUT, "--json", "out/facts.json"], "json names a file in output, where report.json has the same"),
         (["--output", "."], "output . holds something else"),
     ],
 )  # fmt: skip

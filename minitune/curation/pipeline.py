@@ -1,6 +1,6 @@
 """From files to splits: read, clean, keep a golden set apart, split, look for leaks, mix.
 
-The order matters. Duplicates go before anything is counted; the golden set is taken before any split, so that no later
+The order matters. Cleaning comes before anything is counted; the golden set is taken before any split, so that no later
 choice can move it; leaks are looked for before sources are mixed, so that what is taken out does not spoil a share; and
 rehearsal and safety rows join the training rows alone, since validation is to measure the task.
 """
@@ -147,9 +147,9 @@ def _refuse_twice(done: Prepared) -> None:
     seen: dict[str, str] = {}
     for source in done.facts["sources"]:
         if source["sha256"] in seen:
-            found = "is given twice" if seen[source["sha256"]] == source["path"] else "has the same content as"
-            other = "" if found == "is given twice" else f" {seen[source['sha256']]}"
-            raise ConfigError(f"{source['path']} {found}{other}; name each file once, weights make one count for more")
+            first = seen[source["sha256"]]
+            found = "is given twice" if first == source["path"] else f"has the same content as {first}"
+            raise ConfigError(f"{source['path']} {found}; name each file once, weights make one count for more")
         seen[source["sha256"]] = source["path"]
 
 
@@ -207,17 +207,16 @@ def _part_leaks(
     for leak in done.leaks:
         if options.leaks == "remove" or (leak.held_split == GOLDEN and leak.kind != "n-gram"):
             gone.setdefault(leak.row, f"{leak.kind} leak: {leak.held_row} of {leak.held_split} ({leak.share:.2f})")
-    for rows in (*done.splits.values(), *others.values()):
-        done.leave_out([(row, gone[row.origin]) for row in rows if row.origin in gone], "leaks")
+    for name, rows in (*done.splits.items(), *others.items()):
+        leaving = [(row, gone[row.origin]) for row in rows if row.origin in gone]
+        done.leave_out(leaving, "leaks")
         rows[:] = [row for row in rows if row.origin not in gone]
-    empty = next((name for name, rows in (*done.splits.items(), *others.items()) if not rows), None)
-    if empty:
-        raise DataError(f"all rows of {empty} leak into a later split or an evaluation set; give other rows")
+        if leaving and not rows:
+            raise DataError(f"all rows of {name} leak into a later split or an evaluation set; give other rows")
+    counts = Counter((leak.kind, leak.split, leak.held_split) for leak in done.leaks)
     done.facts["leaks"] = [
         {"kind": kind, "split": split, "held_split": held, "rows": count}
-        for (kind, split, held), count in Counter(
-            (leak.kind, leak.split, leak.held_split) for leak in done.leaks
-        ).items()
+        for (kind, split, held), count in counts.items()
     ]
 
 
@@ -248,13 +247,7 @@ def _mix(
     )
     done.splits[TRAIN] = [row for portion in portions for row in portion.rows]
     done.facts["mixture"] = [
-        {
-            "role": p.role,
-            "path": p.path,
-            "rows": len(p.rows),
-            "of": p.available,
-            options.share_of: p.amount,
-            "share": p.share,
-        }
+        {"role": p.role, "path": p.path, "rows": len(p.rows), "of": p.available, "share": p.share}
+        | {options.share_of: p.amount}
         for p in portions
     ]

@@ -113,7 +113,8 @@ def _leaks(facts: Mapping[str, Any]) -> list[str]:
     if not facts["leaks"]:
         return [*parts, prose("None was found.")]
     done = {
-        "list": "They are still there: --leaks remove takes them out of the split nearer to training.",
+        "list": "They are still there, but for what is nearly a golden row; --leaks remove takes them out of the split "
+        "nearer to training.",
         "remove": "They were taken out of the split nearer to training.",
     }[facts["options"]["leaks"]]
     rows = ((leak["kind"], leak["split"], leak["held_split"], leak["rows"]) for leak in facts["leaks"])
