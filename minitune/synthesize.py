@@ -106,10 +106,9 @@ class SynthesizeConfig:
             raise ConfigError(f"review_share is {self.review_share}; it must be above 0 and at most 1")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise ConfigError(f"near_duplicates is {self.near_duplicates}; it must be above 0 and at most 1, or null")
-        for name in MADE if self.review is None else REVIEWED:
+        for name in (*MADE, *REVIEWED) if self.review is None else REVIEWED:
             if Path(self.output, name).exists() and not self.overwrite:
-                place = f"{self.output}/{name} is there already"
-                raise ConfigError(f"{place}; name another folder, or replace it with --overwrite")
+                raise ConfigError(f"{self.output}/{name} is there already; name another folder, or give --overwrite")
 
     def recipe(self) -> "Recipe":
         """Return what the teacher is asked."""
@@ -185,9 +184,7 @@ def _steps(config: SynthesizeConfig, seeds: "Sequence[Row]", teacher: "_Asker") 
     from minitune.evaluation.compliance import answer_form
     from minitune.evaluation.refusal import is_refusal
 
-    steps: list[Step] = [
-        partial(synthesis.without_duplicates, seeds=seeds, threshold=config.near_duplicates),
-    ]
+    steps: list[Step] = [partial(synthesis.without_duplicates, seeds=seeds, threshold=config.near_duplicates)]
     asking = [teacher]
     if config.reply == "numbered_list":
         steps.append(partial(_answered, teacher=teacher))
@@ -235,9 +232,7 @@ class _Asker:
             )  # fmt: skip
         missing = [reply for reply in replies if isinstance(reply, Missing)]
         if missing and len(missing) == len(replies):
-            raise EndpointError(
-                f"{counted(len(missing), 'request')} of {len(replies)} had no answer: {missing[0].details}"
-            )
+            raise EndpointError(f"none of {counted(len(missing), 'request')} had an answer: {missing[0].details}")
         self.unanswered += len(missing)
         return [
             Rejected(reply.kind, reply.details, "", text="") if isinstance(reply, Missing) else reply
@@ -259,12 +254,12 @@ def _answered(rows: "list[Row]", teacher: _Asker) -> "tuple[list[Row], list[Reje
         else synthesis.with_answer(row, reply)
         for row, reply in zip(rows, replies, strict=True)
     ]  # fmt: skip
-    return _apart(found)
+    return synthesis.apart(found)
 
 
 def _judged(rows: "list[Row]", judge: _Asker, rubric: Any, least: float) -> "tuple[list[Row], list[Rejected]]":
     """Have a judge score the rows, by the mean over the rubric's criteria."""
-    from minitune.curation.synthesis import Rejected
+    from minitune.curation.synthesis import Rejected, apart
     from minitune.evaluation.verdicts import Missing, read_scores, score_question
 
     replies = judge([score_question(row.question, row.answer, rubric) for row in rows])
@@ -279,18 +274,10 @@ def _judged(rows: "list[Row]", judge: _Asker, rubric: Any, least: float) -> "tup
             row = replace(row, score=mean(scores.values()))
             shown = ", ".join(f"{name} {score}" for name, score in scores.items())
             found.append(row if row.score >= least else Rejected("judged below min_score", shown, row.origin, row))
-    return _apart(found)
+    return apart(found)
 
 
-def _apart(found: "list[Row | Rejected]") -> "tuple[list[Row], list[Rejected]]":
-    from minitune.curation.synthesis import Row
-
-    return [one for one in found if isinstance(one, Row)], [one for one in found if not isinstance(one, Row)]
-
-
-def write(
-    config: SynthesizeConfig, rows: "list[Row]", rejected: "list[Rejected]", facts: dict, counts: dict
-) -> None:  # fmt: skip
+def write(config: SynthesizeConfig, rows: "list[Row]", rejected: "list[Rejected]", facts: dict, counts: dict) -> None:
     """Write the rows with where they came from, what was rejected, the counts, and the page for review."""
     from minitune.curation.synthesis import review_sample
     from minitune.files import atomic_file, write_json
@@ -303,6 +290,8 @@ def write(
         made = {"seed": row.origin, "teacher": config.teacher.name, "recipe": sha256}
         lines.append(row.fields() | {"synthetic": made | ({} if row.score is None else {"score": row.score})})
     drawn = review_sample(len(rows), config.review_share, config.seed)
+    for name in REVIEWED:  # of other rows
+        (folder / name).unlink(missing_ok=True)
     _write_lines(folder / "rows.jsonl", lines)
     _write_lines(folder / "rejected.jsonl", [one.fields() for one in rejected])
     with atomic_file(folder / "review.html") as path:

@@ -170,7 +170,7 @@ def test_nothing_is_asked_again_after_an_interruption(seeds, tmp_path, monkeypat
 
 def test_a_teacher_that_is_down_leaves_nothing(seeds, tmp_path):
     with chat_server(lambda request: Answer(status=500)) as server:
-        with pytest.raises(EndpointError, match="3 requests of 3 had no answer: .*HTTP 500"):
+        with pytest.raises(EndpointError, match="none of 3 requests had an answer: .*HTTP 500"):
             run(server, seeds, tmp_path / "out", "--teacher.parallel=1")
         server.answer = teacher
         assert run(server, seeds, tmp_path / "out") == 0  # nothing is in the way
@@ -233,6 +233,11 @@ def test_votes_are_applied_and_speak_for_the_unread_rows(made, capsys):
     assert "more than a tenth may be bad" in printed
     with pytest.raises(ConfigError, match="reviewed.jsonl is there already; .*--overwrite"):
         synthesize.main(reviewed(made, choices))
+    config = synthesize.SynthesizeConfig(
+        output=str(made), overwrite=True, seeds="s", instruction="x", teacher=synthesize.ResponderOptions(model="m")
+    )
+    synthesize.write(config, [], [], {"recipe": {}, "seeds_sha256": ""}, {})
+    assert not (made / "reviewed.jsonl").exists()  # it was made of other rows
 
 
 def test_votes_that_belong_elsewhere_are_refused(made):

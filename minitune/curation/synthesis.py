@@ -166,11 +166,15 @@ def read_rows_of(reply: Reply, seed: Row, recipe: Recipe) -> tuple[list[Row], li
     lines = [line.strip() for line in reply.text.split("\n")]
     read = _json_lines if recipe.reply == "json_lines" else _numbered_list
     found = [Rejected("an empty reply", "", seed.origin, text="")] if not any(lines) else read(lines, seed, reply)
-    rows = [one for one in found if isinstance(one, Row)]
-    rejected = [one for one in found if isinstance(one, Rejected)]
+    rows, rejected = apart(found)
     surplus = f"{counted(recipe.per_seed, 'row')} asked for"
     rejected += [Rejected("more rows than asked for", surplus, seed.origin, row) for row in rows[recipe.per_seed :]]
     return rows[: recipe.per_seed], rejected
+
+
+def apart(found: Sequence[Row | Rejected]) -> tuple[list[Row], list[Rejected]]:
+    """Return the rows, and what is rejected."""
+    return [one for one in found if isinstance(one, Row)], [one for one in found if isinstance(one, Rejected)]
 
 
 def _json_lines(lines: list[str], seed: Row, reply: Reply) -> list[Row | Rejected]:
