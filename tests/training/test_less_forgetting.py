@@ -12,7 +12,9 @@ from minitune.data.corpus import Encoding, Source, load_corpus
 from minitune.errors import CheckpointError, ConfigError
 from minitune.model.lora import linear_modules
 from minitune.model.lora_config import LoRAConfig
+from minitune.reporting.journal import read_metrics
 from minitune.safetensors_io import read_tensors
+from minitune.train import main
 from minitune.training.config import LoRAOptions, TrainConfig
 from minitune.training.run import choose_parameters, train
 from tests.training.conftest import resumed
@@ -131,3 +133,18 @@ def test_a_source_that_is_all_held_out_does_not_move_the_shares(tiny_model, tmp_
     found = load_corpus(files, (), load_tokenizer(tiny_model), Encoding(64), held_out=0.999, seed=0)
     assert len(found.training) == len(found.shares) and found.shares[-1] == 0.5
     assert LoRAConfig().rank == 16 and len(found.training[-1][0]) == 20
+
+
+def test_the_command_rehearses_prices_and_goes_on(tiny_model, rows, tmp_path, monkeypatch, capsys):
+    """From the options, and again from what the run folder kept of them."""
+    monkeypatch.setenv("MINITUNE_WEIGHTS", str(tmp_path / "weights"))
+    general, run = tmp_path / "general.jsonl", tmp_path / "run"
+    general.write_text("\n".join(json.dumps({"text": f"general text number {n}"}) for n in range(30)))
+    options = f"--data {rows} --model {tiny_model} --output {run} --rehearsal {general} --max_steps 4 --max_length 128 "
+    options += f"--penalty ewc --penalty.text {general} --penalty.tokens 300 --freeze_layers 1 --evaluation.samples 0"
+    assert main(options.split()) == 0
+    assert "EWC: Fisher information of 300 tokens" in capsys.readouterr().err
+    lines = [line for line in read_metrics(run) if "loss" in line]
+    assert len(lines) == 4 and lines[0]["penalty"] == 0 < lines[-1]["penalty"]
+    assert main(["--output", str(run), "--resume"]) == 0
+    assert [line for line in read_metrics(run) if "loss" in line] == lines
