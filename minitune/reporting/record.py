@@ -15,6 +15,9 @@ from minitune.files import sole_writer
 from minitune.reporting.journal import read_metrics
 
 EVALUATIONS = "evaluations"
+_OPTIONS = {"model", "objective", "method", "optimizer", "schedule", "batch_size", "accumulation_steps", "max_length",
+            "seed"}  # fmt: skip
+_STEP, _EVALUATION = {"loss", "grad_norm", "tokens", "target_tokens"}, {"validation_loss", "training_loss"}
 MEASURES = {  # what validation rows of preferences tell beside the loss
     "accuracy": "accuracy (chosen has the higher reward)",
     "prefers_chosen": "chosen has the higher log-probability",
@@ -86,7 +89,7 @@ def read_run(folder: Path) -> Run:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         found = " ".join(str(error).split())
         raise ConfigError(f"{folder / 'config.yaml'}: broken YAML ({found}); the run's folder is damaged") from None
-    if not isinstance(options, dict) or not {"model", "objective", "method", "optimizer"} <= options.keys():
+    if not isinstance(options, dict) or not _OPTIONS <= options.keys():
         raise ConfigError(f"{folder / 'config.yaml'} holds no options of a training run; name the --output of one")
     lines = [line for line in read_metrics(folder) if isinstance(line, dict) and isinstance(line.get("step"), int)]
     found = sorted((folder / EVALUATIONS).glob("*.json"))
@@ -96,8 +99,8 @@ def read_run(folder: Path) -> Run:
         environment=_read(folder / "environment.json", {}),
         files=_read(folder / "data.json", []),
         facts=_read(folder / "facts.json", {}),
-        steps=[line for line in lines if "loss" in line],
-        evaluations=[line for line in lines if "validation_loss" in line],
+        steps=[line for line in lines if _STEP <= line.keys()],
+        evaluations=[line for line in lines if _EVALUATION <= line.keys()],
         outcome=_read(folder / "outcome.json", {}),
         measured={path.stem: _read(path, {}) for path in found},
         running=_is_running(folder),

@@ -14,6 +14,7 @@ from minitune import doctor
 from minitune.errors import ConfigError
 from minitune.reporting.diagnosis import diagnose
 from minitune.reporting.record import read_run
+from minitune.reporting.report import write_report
 from minitune.training.config import EvaluationConfig, OptimizerConfig, TrainConfig
 from tests.reporting.faults import CLEAN, FAULTS, chat, make_world, trained
 
@@ -129,7 +130,10 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path, make, parts):
         assert part in str(caught.value)
 
 
-CONFIG = "{model: m, objective: sft, method: lora, optimizer: {learning_rate: 1.0e-4}}"
+CONFIG = (
+    "{model: m, objective: sft, method: lora, optimizer: {learning_rate: 1.0e-4}, schedule: {kind: cosine}, "
+    "batch_size: 4, accumulation_steps: 1, max_length: 128, seed: 0}"
+)
 
 
 def _run(folder, config=CONFIG, **files):
@@ -142,9 +146,10 @@ def _run(folder, config=CONFIG, **files):
 def test_a_run_that_did_nothing_yet_and_lines_that_are_none(tmp_path, capsys):
     folder = tmp_path / "run"
     _run(folder)
-    (folder / "metrics.jsonl").write_text('3\n"x"\n{"step": "one", "loss": 1}\n{"step": 1, "lo')
+    (folder / "metrics.jsonl").write_text('3\n"x"\n{"step": "one", "loss": 1}\n{"step": 1, "loss": 2}\n{"step": 1, "lo')
     doctor.main([str(folder)])
     assert "1. the run was killed" in capsys.readouterr().out
+    assert "it did not finish, 0 steps" in write_report(folder)[0].read_text()
 
 
 def test_text_of_strangers_reaches_the_terminal_escaped(runs, tmp_path, capsys):
