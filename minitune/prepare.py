@@ -155,6 +155,7 @@ def curate(config: PrepareConfig, tokenizer: Any, kind: "Kind") -> "Prepared":
     from minitune.curation.writing import check_output, write_folder
     from minitune.data.examples import row_origin
     from minitune.data.pairing import survey_records
+    from minitune.evaluation.sets import is_set, rows_of
 
     folder = Path(config.output)
     check_output(folder, [*config.files, *config.files_of("rehearsal"), *config.files_of("safety")], config.overwrite)
@@ -168,7 +169,8 @@ def curate(config: PrepareConfig, tokenizer: Any, kind: "Kind") -> "Prepared":
 
     reading = {"kind": kind, "format": config.format, "columns": config.columns}
     options = {"weights": config.weights, "seed": config.seed, "tokenizer": tokenizer}
-    prepared = prepare_rows(config.files, config, **reading, **options, count_targets=count_targets)
+    options |= {"count_targets": count_targets, "records_of": lambda name: rows_of(name) if is_set(name) else None}
+    prepared = prepare_rows(config.files, config, **reading, **options)
     write_folder(folder, prepared, stratify=config.stratify)
     return prepared
 

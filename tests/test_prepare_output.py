@@ -140,6 +140,18 @@ def test_leaks_are_listed_and_taken_out_on_request(prepare):
     assert sum(len(lines(f"out/{name}.jsonl")) for name in ("train", "validation", "test")) == 99
 
 
+def test_sets_that_evaluation_knows_by_name_are_looked_at_too(prepare, monkeypatch):
+    from minitune.data.formats import Record
+    from minitune.evaluation import sets
+
+    turns = ({"role": "user", "content": f" {ROWS[8]['instruction']}"}, {"role": "assistant", "content": "yes"})
+    monkeypatch.setattr(sets, "is_set", lambda name: name == "imdb:test")
+    monkeypatch.setattr(sets, "rows_of", lambda name: [Record("imdb:test:1", "messages", messages=turns)])
+    _, shown = prepare("--output", "out", "--evaluation_sets", "imdb:test")
+    assert [(leak["row"], leak["held_row"]) for leak in lines("out/leaks.jsonl")] == [("rows.jsonl:9", "imdb:test:1")]
+    assert "looked at      1 row of imdb:test" in shown
+
+
 def test_rehearsal_rows_are_looked_at_as_training_rows(prepare):
     save("general.jsonl", [{"prompt": f"General {i}?", "completion": "x"} for i in range(50)])
     save("exam.jsonl", [{"q": "What is general 7 for you?"}, {"q": "General   7?  "}, {"q": "tell me: general 7?"}])
@@ -314,7 +326,8 @@ OUT = ["--output", "out"]
         ([*OUT, "--golden", "odd.jsonl"], "odd.jsonl:1: no row asks this; golden rows are taken out of the data"),
         ([*OUT, "--evaluation_sets", "rows.jsonl"], "evaluation set rows.jsonl is rows.jsonl itself"),
         ([*OUT, "--evaluation_sets", "nothing.jsonl"], "nothing.jsonl: no such file"),
-        ([*OUT, "--evaluation_sets", "."], ".: is a folder; name the data files in it"),
+        ([*OUT, "--evaluation_sets", "."], "evaluation set . is rows.jsonl itself"),
+        ([*OUT, "--evaluation_sets", "aclsum:tset"], "the set aclsum has the parts train, validation, test; did you"),
         ([*OUT, "--rehearsal", "rows.jsonl"], "rows.jsonl is given twice"),
         ([*OUT, "--rehearsal", "copy.jsonl"], "copy.jsonl has the same content as rows.jsonl"),
         ([*OUT, "--exact_sizes", "--rehearsal", "odd.jsonl", "--rehearsal_share", "0.5"],

@@ -16,15 +16,16 @@ Comparing embeddings was rejected: it needs a model, and a threshold that means 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from minitune.curation.cleaning import compared
 from minitune.curation.near_duplicates import near_duplicates, words
-from minitune.curation.rows import Row
-from minitune.data.reading import RowError, data_path, read_rows
+from minitune.data.reading import SUFFIXES, RowError, data_path, read_rows
 from minitune.data.splits import normalise, question_key
+from minitune.errors import DataError
 
 GRAM, SHORTEST = 13, 8  # words
 COMMON = 10  # rows of a split
@@ -57,24 +58,42 @@ class Leak:
     passage: str = ""
 
 
-def probe(row: Row) -> Probe:
-    """Return what is compared of a row, as cleaning does; of a pair, both sides."""
-    text = "\n".join(compared(row.record))
-    return Probe(row.origin, text, frozenset((question_key(row.record), normalise(text))))
+def probe(record: Any) -> Probe:
+    """Return what is compared of a record or preference record, as cleaning does; of a pair, both sides."""
+    text = "\n".join(compared(record))
+    return Probe(record.origin, text, frozenset((question_key(record), normalise(text))))
 
 
-def probes_of_set(path: str) -> list[Probe]:
-    """Return what is compared of an evaluation set: every text of each row, whatever its field is called.
+def set_files(name: str) -> list[Path]:
+    """Return the data files of an evaluation set: the one that it names, or all in a folder."""
+    path = data_path(name)
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise DataError(f"{name}: no data file in this folder; name one ({', '.join(SUFFIXES)})")
+    return files
 
-    A text of one or two words (a label, a choice) is not taken for the row's question. Rows that are broken are left
-    out: whoever evaluates on them is told then. A text file is one row for each line. Raises DataError for a file that
-    cannot be read.
+
+def probes_of_set(files: Sequence[Path]) -> tuple[list[Probe], int]:
+    """Return what is compared of an evaluation set, and how many of its rows cannot be read.
+
+    Every text of a row counts, whatever its field is called. A text of one or two words (a label, a choice) is not
+    taken for the row's question. A text file is one row for each line. Raises DataError for a file that cannot be read,
+    or none of whose rows can.
     """
-    rows = [(origin, fields) for origin, fields in read_rows(path) if not isinstance(fields, RowError)]
-    if data_path(path).suffix.lower() == ".txt":
-        file, text = rows[0][0].removesuffix(":1"), rows[0][1]["text"]
-        rows = [(f"{file}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [_of_texts(origin, list(_texts(fields))) for origin, fields in rows]
+    probes, broken = [], 0
+    for path in files:
+        found = list(read_rows(path))
+        rows = [(origin, fields) for origin, fields in found if not isinstance(fields, RowError)]
+        broken += len(found) - len(rows)
+        if not rows:
+            raise DataError(f"{path}: no row that can be read; correct it, or name another evaluation set")
+        if path.suffix.lower() == ".txt":
+            lines = enumerate(rows[0][1]["text"].split("\n"), 1)
+            rows = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+        probes += [_of_texts(origin, list(_texts(fields))) for origin, fields in rows]
+    return probes, broken
 
 
 def _of_texts(origin: str, texts: list[str]) -> Probe:

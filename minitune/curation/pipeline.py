@@ -18,7 +18,7 @@ from minitune.curation.consistency import lint
 from minitune.curation.faults import FAULTS
 from minitune.curation.findings import Finding
 from minitune.curation.golden_rows import GOLDEN, take_golden
-from minitune.curation.leakage import Leak, find_leaks, probe, probes_of_set
+from minitune.curation.leakage import Leak, Probe, find_leaks, probe, probes_of_set, set_files
 from minitune.curation.mixing import mixture
 from minitune.curation.options import CurationOptions
 from minitune.curation.rows import TRAINING, Row, changed, joined, read_source
@@ -28,6 +28,7 @@ from minitune.data.reading import RowError, data_path, first_of
 from minitune.errors import ConfigError, DataError
 from minitune.files import file_sha256
 
+SetReader = Callable[[str], Sequence[Any] | None]
 TRAIN = "train"
 LISTED = 50  # leaks in the report; leaks.jsonl has all of them
 
@@ -68,11 +69,13 @@ def prepare_rows(
     seed: int = 0,
     tokenizer: Any = None,
     count_targets: Callable[[Sequence[Row]], dict[str, int]],
+    records_of: SetReader = lambda name: None,
 ) -> Prepared:
     """Return what is to be written of `files`, to which alone `format`, `columns` and `weights` belong.
 
     The `tokenizer` measures lengths, which are in characters without one. `count_targets` gives the target tokens of
-    rows by their origins; it is called where shares are of tokens.
+    rows by their origins; it is called where shares are of tokens. `records_of` gives the records of an evaluation set
+    by its name, None for one that is a file.
     Raises ConfigError and DataError for options that the rows do not allow; `read_records` lists those for files.
     """
     done = Prepared()
@@ -81,7 +84,7 @@ def prepare_rows(
     _refuse_twice(done)
     task, *rest = _clean(done, [task, *others.values()], options.clean, kind, tokenizer)
     others = dict(zip(others, rest, strict=True))
-    sets = _evaluation_sets(done, options)
+    sets = _evaluation_sets(done, options, records_of)
     golden: list[Row] = []
     if options.golden is not None:
         by = {"group": options.group, "stratify": options.stratify}
@@ -176,22 +179,26 @@ def _clean(
     return kept
 
 
-def _evaluation_sets(done: Prepared, options: CurationOptions) -> list[tuple[str, list]]:
+def _evaluation_sets(done: Prepared, options: CurationOptions, records_of: SetReader) -> list[tuple[str, list[Probe]]]:
     """Read the evaluation sets; refuse one that is a training file itself."""
     own = {source["sha256"]: source["path"] for source in done.facts["sources"]}
-    sets = []
+    sets, broken = [], {}
     for name in options.files_of("evaluation_sets"):
-        path = data_path(name)
-        probes = probes_of_set(name)
-        if (sha256 := file_sha256(path)) in own:
-            raise ConfigError(f"evaluation set {name} is {own[sha256]} itself, the data to train on; leave it out")
+        if (records := records_of(name)) is not None:
+            sets.append((name, [probe(record) for record in records]))
+            continue
+        files = set_files(name)
+        probes, unread = probes_of_set(files)
+        if same := next((own[sha256] for file in files if (sha256 := file_sha256(file)) in own), None):
+            raise ConfigError(f"evaluation set {name} is {same} itself, the data to train on; leave it out")
         sets.append((name, probes))
-    done.facts["evaluation_sets"] = {name: len(probes) for name, probes in sets}
+        broken |= {name: unread} if unread else {}
+    done.facts |= {"evaluation_sets": {name: len(probes) for name, probes in sets}, "evaluation_rows_unread": broken}
     return sets
 
 
 def _part_leaks(
-    done: Prepared, others: dict[str, list[Row]], sets: list[tuple[str, list]], options: CurationOptions
+    done: Prepared, others: dict[str, list[Row]], sets: list[tuple[str, list[Probe]]], options: CurationOptions
 ) -> None:
     """List leaks; take out those that are to be, and whatever is nearly a golden row, from the side nearer to training.
 
@@ -199,7 +206,7 @@ def _part_leaks(
     """
     extra = [row for rows in others.values() for row in rows]
     looked = {name: rows + extra * (name == TRAIN) for name, rows in done.splits.items()}
-    splits = [(name, [probe(row) for row in rows]) for name, rows in looked.items()]
+    splits = [(name, [probe(row.record) for row in rows]) for name, rows in looked.items()]
     done.leaks = find_leaks(
         [*splits, *sets], threshold=options.clean.threshold, shingle=options.clean.shingle, outer=len(sets)
     )

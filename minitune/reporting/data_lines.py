@@ -109,6 +109,10 @@ def prepared_lines(facts: Mapping[str, Any]) -> list[str]:
         f"leaks          {counted(leak['rows'], 'row')} of {leak['split']} in {leak['held_split']} ({leak['kind']})"
         for leak in facts["leaks"]
     ]
+    for name, rows in facts["evaluation_sets"].items():
+        unread = facts["evaluation_rows_unread"].get(name, 0)
+        note = f", {unread:,} more cannot be read" if unread else ""
+        lines.append(f"looked at      {counted(rows, 'row')} of {name}{note}")
     if not facts["leaks"]:
         against = ["each other", *facts["evaluation_sets"]]
         lines.append(f"leaks          none between the splits and {', '.join(against)}")

@@ -108,8 +108,15 @@ def _left_out(facts: Mapping[str, Any]) -> list[str]:
 
 def _leaks(facts: Mapping[str, Any]) -> list[str]:
     """Return the leaks by kind and splits, and the first of them."""
-    against = ", ".join(facts["evaluation_sets"]) or "none"
-    parts = [heading("Leaks"), prose(f"Looked for between the splits; evaluation sets looked at: {against}.")]
+    unread = facts["evaluation_rows_unread"]
+    against = [
+        f"{name} ({counted(rows, 'row')}" + (f", {unread[name]:,} more cannot be read)" if name in unread else ")")
+        for name, rows in facts["evaluation_sets"].items()
+    ]
+    parts = [
+        heading("Leaks"),
+        prose(f"Looked for between the splits; evaluation sets looked at: {', '.join(against) or 'none'}."),
+    ]
     if not facts["leaks"]:
         return [*parts, prose("None was found.")]
     done = {

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from minitune.curation.leakage import Probe, find_leaks, probe, probes_of_set, shared_grams
+from minitune.curation.leakage import Probe, find_leaks, probe, probes_of_set, set_files, shared_grams
 from minitune.curation.rows import read_source
 from minitune.errors import DataError
 
@@ -112,7 +112,7 @@ def test_rows_are_compared_without_their_system_prompt_and_by_question_too(tmp_p
     turns = [{"role": "system", "content": "S " * 30}, {"role": "user", "content": "Why?  "}]
     path.write_text(json.dumps({"messages": [*turns, {"role": "assistant", "content": "So."}]}))
     (row,), _ = read_source(str(path), "training")
-    assert probe(row) == Probe(f"{path}:1", "Why?  \nSo.", frozenset({"why?", "why? so."}))
+    assert probe(row.record) == Probe(f"{path}:1", "Why?  \nSo.", frozenset({"why?", "why? so."}))
 
 
 def test_evaluation_sets_of_any_shape_are_read(tmp_path):
@@ -120,14 +120,22 @@ def test_evaluation_sets_of_any_shape_are_read(tmp_path):
     rows = [{"question": "What is the  Answer?", "choices": ["yes", "no"], "label": 1},
             {"turns": [{"role": "system", "content": "be nice"}, {"role": "user", "content": "A b C"}]}]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
-    one, two = probes_of_set(str(path))
+    (one, two), broken = probes_of_set(set_files(str(path)))
+    assert broken == 1
     assert one.keys == {"what is the answer?", "what is the answer? yes no"}
     assert two.keys == {"a b c"} and "nice" not in two.text
     lines = tmp_path / "set.txt"
     lines.write_text("one two three\n\nfour five six\n")
-    assert [found.origin for found in probes_of_set(str(lines))] == [f"{lines}:1", f"{lines}:3"]
+    assert [found.origin for found in probes_of_set([lines])[0]] == [f"{lines}:1", f"{lines}:3"]
+    assert set_files(str(tmp_path)) == [path, lines]
+    (tmp_path / "bad.csv").write_text("a,b\n1,2,3\n")
+    with pytest.raises(DataError, match="bad.csv: no row that can be read"):
+        probes_of_set(set_files(str(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no data file in this folder"):
+        set_files(str(tmp_path / "empty"))
     with pytest.raises(DataError, match="no such file"):
-        probes_of_set(str(tmp_path / "none.jsonl"))
+        probes_of_set(set_files(str(tmp_path / "none.jsonl")))
 
 
 @pytest.mark.real
