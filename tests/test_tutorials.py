@@ -184,12 +184,6 @@ BUGS = {
         "m._score = lambda matches, ours, theirs: right(matches, ours, ours)",
         "== 3.",
     ),
-    "a verdict in one order is enough": (
-        EVALUATION,
-        "import minitune.evaluation.judging as m\n"
-        "m.outcome = lambda both: {'A': 'tuned', 'B': 'base'}.get(both and both[0], 'tie')",
-        "judged",
-    ),
 }
 
 
