@@ -286,6 +286,7 @@ def test_what_a_training_cost_is_measured_on_the_base_too(tiny, adapter, tmp_pat
     [
         (("--general", "x.jsonl"), "general data are a .txt file"),
         (("--general", "nothing.txt"), "nothing.txt: no such file"),
+        (("--general", "x.jsonl,"), "general is 'x.jsonl,'; give names between commas"),
         (("--safety", "x.jsonl", "--harmless", "empty.jsonl"), "the file is empty"),
         (("--safety", "text.jsonl"), "a text without a question"),
         (("--general", "x.jsonl", "--harmless", "x.jsonl"), "harmless is set without safety"),

@@ -13,6 +13,16 @@ base is measured too. A class with four methods was rejected: it would hold noth
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from minitune.errors import ConfigError
+
+
+def named(option: str, text: str) -> list[str]:
+    """Return the names between the commas of an option; raises ConfigError where there is none."""
+    names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise ConfigError(f"{option} is {text!r}; give names between commas, as wiki-demo,c4-demo")
+    return names
+
 
 @contextmanager
 def progress(total: int | None, what: str, unit: str) -> Iterator[Callable[[int], None]]:

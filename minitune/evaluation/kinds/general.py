@@ -14,14 +14,14 @@ from minitune.evaluation.forgetting import (
     read_general,
     worst,
 )
-from minitune.evaluation.kinds import progress
+from minitune.evaluation.kinds import named, progress
 
 KEY = "forgetting"
 
 
 def read(config: Any) -> list[General]:
     """Return the data, one for each name between commas; errors as `read_general`."""
-    return [read_general(name.strip(), config.max_rows) for name in config.general.split(",")]
+    return [read_general(name, config.max_rows) for name in named("general", config.general)]
 
 
 def measure(model: Any, tokenizer: Any, task: list[General], config: Any) -> list[Retained]:

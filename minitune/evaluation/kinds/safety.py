@@ -3,7 +3,7 @@
 from typing import Any
 
 from minitune.evaluation import safety
-from minitune.evaluation.kinds import progress
+from minitune.evaluation.kinds import named, progress
 
 KEY = "safety"
 HARMLESS = "alpaca-en-demo"
@@ -12,8 +12,8 @@ lines = safety.safety_lines
 
 def read(config: Any) -> safety.Requests:
     """Return the requests, of the files or sets between commas; errors as `read_requests`."""
-    names = [[name.strip() for name in given.split(",")] for given in (config.safety, config.harmless or HARMLESS)]
-    return safety.read_requests(*names, config.max_rows)
+    harmful, harmless = named("safety", config.safety), named("harmless", config.harmless or HARMLESS)
+    return safety.read_requests(harmful, harmless, config.max_rows)
 
 
 def measure(model: Any, tokenizer: Any, task: safety.Requests, config: Any) -> safety.Behaviour:
