@@ -152,6 +152,14 @@ def test_sets_that_evaluation_knows_by_name_are_looked_at_too(prepare, monkeypat
     assert "looked at      1 row of imdb:test" in shown
 
 
+def test_test_rows_may_be_in_an_evaluation_set_but_not_in_the_golden_set(prepare):
+    prepare("--output", "out", "--exact_sizes")
+    test = [row["instruction"] for row in lines("out/test.jsonl")]
+    save("exam.jsonl", [{"q": question} for question in test])
+    prepare("--output", "out", "--overwrite", "--exact_sizes", "--evaluation_sets", "exam.jsonl", "--leaks", "remove")
+    assert lines("out/leaks.jsonl") == [] and len(lines("out/test.jsonl")) == 10
+
+
 def test_rehearsal_rows_are_looked_at_as_training_rows(prepare):
     save("general.jsonl", [{"prompt": f"General {i}?", "completion": "x"} for i in range(50)])
     save("exam.jsonl", [{"q": "What is general 7 for you?"}, {"q": "General   7?  "}, {"q": "tell me: general 7?"}])

@@ -1,7 +1,8 @@
 """Rows that a model would be tested on after it was trained on them: the same, nearly the same, or sharing a passage.
 
 Three questions, each asked of every row of a split against every split that is kept further from training (train <
-validation < test < golden set < evaluation sets); the first that is answered yes is the leak:
+validation < test < golden set < evaluation sets; of the last only what is trained on or chosen by, train and
+validation, is asked). The first that is answered yes is the leak:
 
 - exact: does it ask the same (`data.splits.question_key`), or is its whole text the same without case and spacing?
 - near: is the Jaccard similarity of the word shingles of both texts at least the threshold (`near_duplicates`)?

@@ -105,14 +105,14 @@ def prepared_lines(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"{source['path']}: {counted(source['rows'], 'row')} of {source['role']}{broken}")
     lines += [f"changed        {counted(count, 'row')} by {what}" for what, count in facts["changed"].items()]
     lines += [f"left out       {counted(count, 'row')}: {why}" for why, count in facts["removed"].items()]
-    lines += [
-        f"leaks          {counted(leak['rows'], 'row')} of {leak['split']} in {leak['held_split']} ({leak['kind']})"
-        for leak in facts["leaks"]
-    ]
     for name, rows in facts["evaluation_sets"].items():
         unread = facts["evaluation_rows_unread"].get(name, 0)
         note = f", {unread:,} more cannot be read" if unread else ""
         lines.append(f"looked at      {counted(rows, 'row')} of {name}{note}")
+    lines += [
+        f"leaks          {counted(leak['rows'], 'row')} of {leak['split']} in {leak['held_split']} ({leak['kind']})"
+        for leak in facts["leaks"]
+    ]
     if not facts["leaks"]:
         against = ["each other", *facts["evaluation_sets"]]
         lines.append(f"leaks          none between the splits and {', '.join(against)}")
