@@ -160,7 +160,7 @@ def plan(config: CurveConfig, resolved: TrainConfig, rows: dict[str, list[Any]])
     _check_plan(config, resolved, rows)
     validation = tuple(
         dataclasses.replace(
-            source, path=_write(folder / f"data/validation-{i}.jsonl", lines), columns=None, weight=None
+            source, path=_written(folder / f"data/validation-{i}.jsonl", lines), columns=None, weight=None
         )
         for i, (source, lines) in enumerate(rows["validation"]) if lines
     )  # fmt: skip
@@ -170,7 +170,7 @@ def plan(config: CurveConfig, resolved: TrainConfig, rows: dict[str, list[Any]])
             name, files = f"{share:g}-{repeat}", []
             for i, (source, lines) in enumerate(rows["training"]):
                 chosen = lines if source.share is not None else part_of(lines, share, config.seed + repeat)
-                path = _write(folder / f"data/{name}-{i}.jsonl", chosen)
+                path = _written(folder / f"data/{name}-{i}.jsonl", chosen)
                 files.append(dataclasses.replace(source, path=path, columns=None))
             options = {"data": tuple(files), "validation": validation, "validation_fraction": None}
             place = {"output": str(folder / "runs" / name), "seed": config.seed + repeat, "overwrite": False}
@@ -203,11 +203,10 @@ def _check_plan(config: CurveConfig, resolved: TrainConfig, rows: dict[str, list
         write_json(path, made)
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> str:
-    from minitune.files import atomic_file
+def _written(path: Path, rows: list[dict[str, Any]]) -> str:
+    from minitune.files import write_rows
 
-    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_rows(path, rows)
     return str(path)
 
 

@@ -280,7 +280,7 @@ def _judged(rows: "list[Row]", judge: _Asker, rubric: Any, least: float) -> "tup
 def write(config: SynthesizeConfig, rows: "list[Row]", rejected: "list[Rejected]", facts: dict, counts: dict) -> None:
     """Write the rows with where they came from, what was rejected, the counts, and the page for review."""
     from minitune.curation.synthesis import review_sample
-    from minitune.files import atomic_file, write_json
+    from minitune.files import atomic_file, write_json, write_rows
 
     folder = Path(config.output)
     decisive = {name: facts[name] for name in ("recipe", "seeds_sha256")}
@@ -292,20 +292,12 @@ def write(config: SynthesizeConfig, rows: "list[Row]", rejected: "list[Rejected]
     drawn = review_sample(len(rows), config.review_share, config.seed)
     for name in REVIEWED:  # of other rows
         (folder / name).unlink(missing_ok=True)
-    _write_lines(folder / "rows.jsonl", lines)
-    _write_lines(folder / "rejected.jsonl", [one.fields() for one in rejected])
+    write_rows(folder / "rows.jsonl", lines)
+    write_rows(folder / "rejected.jsonl", [one.fields() for one in rejected])
     with atomic_file(folder / "review.html") as path:
         path.write_text(_review_page(lines, drawn), encoding="utf-8")
     with atomic_file(folder / "counts.json") as path:
         write_json(path, facts | {"recipe_sha256": sha256, "counts": counts, "review": [i + 1 for i in drawn]})
-
-
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    from minitune.files import atomic_file
-
-    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def table(config: SynthesizeConfig, counts: dict[str, Any]) -> str:
@@ -349,7 +341,7 @@ def apply_review(config: SynthesizeConfig) -> str:
     """
     from minitune.data.reading import RowError, read_rows
     from minitune.evaluation.metrics import wilson_interval
-    from minitune.files import atomic_file, read_json, write_json
+    from minitune.files import atomic_file, read_json, write_json, write_rows
     from minitune.reporting.ballot import read_votes
 
     folder = Path(config.output)
@@ -376,7 +368,7 @@ def apply_review(config: SynthesizeConfig) -> str:
         "unread_to_reject": unread * len(out) / len(votes),
         "unread_to_reject_interval": [unread * low, unread * high], "votes": [asdict(vote) for vote in votes],
     }  # fmt: skip
-    _write_lines(folder / REVIEWED[0], [line for i, line in enumerate(lines) if i not in out])
+    write_rows(folder / REVIEWED[0], [line for i, line in enumerate(lines) if i not in out])
     with atomic_file(folder / REVIEWED[1]) as path:
         write_json(path, found)
     return _review_lines(found, folder)

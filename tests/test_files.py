@@ -1,6 +1,7 @@
 """Atomic writes: a killed, failed or full-disk writer leaves the earlier file or folder whole."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from minitune import files
 from minitune.errors import CheckpointError
-from minitune.files import atomic_file, atomic_folder, sole_writer
+from minitune.files import atomic_file, atomic_folder, sole_writer, write_rows
 
 
 def names(folder):
@@ -149,3 +150,10 @@ def test_a_folder_has_one_writer_until_its_process_ends(tmp_path):
         assert names(folder) == [], "no lock file to be left behind"
     with sole_writer(folder):
         pass
+
+
+def test_rows_are_written_one_a_line(tmp_path):
+    rows = [{"a": "Zürich\u2028\n"}, {}]
+    write_rows(tmp_path / "new" / "rows.jsonl", rows)
+    text = (tmp_path / "new" / "rows.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in text.split("\n")[:-1]] == rows and text.count("\n") == 2 and "ü" in text
