@@ -5,7 +5,7 @@ A course is judged from the base's validation loss, or that of the first step if
 last fifth of the steps, since single steps are single batches. Thresholds and their reasons:
 
     RISE 1.05       validation may wander by 1% (`watch.MARGIN`); 5% above the best is a turn
-    GIVEN_BACK 0.1  and gives back a tenth of what was gained: where a loss fell from 4 to 0.1, 0.12 is no harm
+    GIVEN_BACK 0.02 and gives back a fiftieth of what was gained: where a loss fell from 4 to 0.1, 0.12 is no harm
     FLAT 0.02       a fall below 2% is within what other batches give
     THROWN 1.15     training loss 15% above its start: no batch order does that to a model that was left in its basin
     STILL 1e-3      trained weights that moved by less than a thousandth of themselves have not been trained; an
@@ -30,7 +30,7 @@ from minitune.reporting.findings import COURSE, END, NOTE, RESULT, Finding, rank
 from minitune.reporting.record import Run
 
 RISE, FLAT, THROWN, STILL, CLIPPED, FORGOTTEN, FULL, FEW_STEPS, LONE = 1.05, 0.02, 1.15, 1e-3, 10, 1.2, 0.9, 10, 8
-NOTICED, GIVEN_BACK = 1.05, 0.1
+NOTICED, GIVEN_BACK = 1.05, 0.02
 _MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
 
 

@@ -129,7 +129,7 @@ def _diagnosis(run: Run) -> list[Part]:
     found = diagnose(run)
     parts: list[Part] = [] if any(one.alarm for one in found) else [Paragraph("Nothing that looks like a fault.")]
     for finding in found:
-        lead = finding.name.capitalize() if finding.alarm else f"Note: {finding.name}"
+        lead = finding.name.capitalize() + ("" if finding.alarm else " (a note)")
         parts.append(Paragraph(f"{finding.evidence}. To do: {finding.remedy}.", lead))
     return parts
 

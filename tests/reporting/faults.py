@@ -172,17 +172,8 @@ def memorised_by_all_weights(world):
 
 @fault("over-fitting")
 def memorised_by_an_adapter(world):
-    rows = world.rows(80, "b", unlearnable(world))
-    return trained(
-        world.config(
-            "memorised2",
-            rows,
-            rate=1e-2,
-            epochs=15.0,
-            lora=LoRAOptions(rank=16),
-            schedule=ScheduleConfig(kind="constant"),
-        )
-    )
+    rows, lora = world.rows(72, "b", unlearnable(world)), LoRAOptions(rank=16)
+    return trained(world.config("memorised2", rows, rate=2e-2, epochs=25.0, batch_size=8, lora=lora))
 
 
 @fault("learning rate too high")
@@ -410,9 +401,9 @@ def preferences_overdone(world):
     return trained(world.config("overdone", pairs(world), objective="dpo", rate=3e-2, epochs=4.0))
 
 
-def pairs(world: World) -> Rows:
+def pairs(world: World, count: int = 90) -> Rows:
     draw, found = world.draw("pairs"), []
-    for row in world.rows(90):
+    for row in world.rows(count):
         question, answer = row["messages"]
         wrong = draw.choice([other for other in world.answers.values() if other != answer["content"]])
         found.append({"prompt": [question], "chosen": [answer], "rejected": [NEW | {"content": wrong}]})
@@ -426,7 +417,7 @@ CLEAN: dict[str, Callable[[World], Path]] = {
         world.config("c-padded", [{"prompt": row["messages"][0]["content"] + " ",
                                    "completion": row["messages"][1]["content"]} for row in world.rows(100)],
                      packing=False)),
-    "dpo": lambda world: trained(world.config("c-dpo", pairs(world), objective="dpo", rate=4e-3, epochs=3.0)),
+    "dpo": lambda world: trained(world.config("c-dpo", pairs(world, 160), objective="dpo", rate=4e-3, epochs=3.0)),
     "text": lambda world: trained(
         world.config("c-text", world.text(300, "book"), rate=2e-3, epochs=2.0, max_length=256)),
     "labels": lambda world: trained(
