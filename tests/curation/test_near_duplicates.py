@@ -161,10 +161,10 @@ def test_a_hundred_thousand_rows_take_less_than_a_minute_of_one_core():
     draw = random.Random(4)
     weights = list(itertools.accumulate(1 / (rank + 1) for rank in range(30_000)))  # Zipf's law
     rows = [draw.choices(range(30_000), cum_weights=weights, k=draw.randint(50, 150)) for _ in range(99_000)]
+    rows += [[*row[:20], 30_000, *row[21:]] for row in rows[:1000]]
     texts = [" ".join(f"w{word}" for word in row) for row in rows]
-    texts += [text.replace(text.split()[20], "other") for text in texts[:1000]]
     began = time.process_time()
     found = {i for i, j, _ in near_duplicates(texts) if j == i - 99_000}
     seconds = time.process_time() - began
     print(f"{seconds:.1f} s of CPU, {len(found)} of 1,000 planted copies")
-    assert seconds < 60 and len(found) >= 700  # a replaced word may occur often; then less than 0.8 is left
+    assert seconds < 60 and len(found) >= 999
