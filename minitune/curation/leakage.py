@@ -7,7 +7,9 @@ validation, is asked). The first that is answered yes is the leak:
 - exact: does it ask the same (`data.splits.question_key`), or is its whole text the same without case and spacing?
 - near: is the Jaccard similarity of the word shingles of both texts at least the threshold (`near_duplicates`)?
 - n-gram: do they share 13 words in a row (Brown et al. 2020, appendix C)? Of a held-out text of 8 to 12 words, all of
-  them; one that is shorter is asked the first two questions only, for its words are anybody's.
+  them; one that is shorter is asked the first two questions only, for its words are anybody's. Of a long text a single
+  passage is a phrase ("I hope this helps, let me know if you have any further questions"): at least a twentieth of its
+  n-grams must be shared, or more than 13 of them, which are 26 words in a row.
 
 Passages that stand in more than ten rows of a split are the prompt's template or a set phrase and are not counted; a
 row that is copied as often is found by the first two questions. A text is all that a row says but its system prompt.
@@ -30,6 +32,7 @@ from minitune.errors import DataError
 
 GRAM, SHORTEST = 13, 8  # words
 COMMON = 10  # rows of a split
+SHARE = 0.05  # of the held-out text's n-grams
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -162,8 +165,9 @@ def _exact(splits: Sequence[tuple[str, Sequence[Probe]]]) -> Iterator[Match]:
 def shared_grams(texts: Sequence[str], groups: Sequence[int]) -> list[tuple[int, int, float, str]]:
     """Return (i, j, share, passage): text i of a later group shares n-grams with text j of an earlier one.
 
-    For each j and each later group, the i with the most of its n-grams shared. All n-grams of a length are hashed at
-    once, h(w1..wn) = h(w1..wn-1) b + v(wn) mod 2^64 with random v, and the passage is then compared by its words.
+    For each j and each later group, the i with the most of its n-grams shared, where these are enough. All n-grams of a
+    length are hashed at once, h(w1..wn) = h(w1..wn-1) b + v(wn) mod 2^64 with random v, and the passage is then compared
+    by its words.
     """
     said = [words(text) for text in texts]
     lengths = np.array([len(text) for text in said], dtype=np.int64)
@@ -184,6 +188,8 @@ def shared_grams(texts: Sequence[str], groups: Sequence[int]) -> list[tuple[int,
         held = (group[of] > group[0]) & (lengths[of] >= GRAM if length == GRAM else lengths[of] == length)
         for i, j, count, at in _matches(hashes[place], of, group, held, place):
             share = count / max(lengths[i] - length + 1, 1)
+            if share < SHARE and count <= GRAM:
+                continue
             best[j, group[i]] = max(best.get((j, group[i]), (0.0, 0, 0, 0)), (float(share), -i, at, length))
     found = [
         (-i, j, share, " ".join(said[-i][at - starts[-i] : at - starts[-i] + length]))

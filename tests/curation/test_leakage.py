@@ -31,14 +31,14 @@ def test_each_kind_is_found_from_the_side_nearer_to_training():
     same, near, passage = text(draw, 30), text(draw, 60).split(), text(draw, 13)
     changed = " ".join([*near[:-1], "other"])  # one shingle of 58 on each side is new: J = 57/59
     train = [text(draw, 40), same, " ".join(near), f"{text(draw, 20)} {passage} {text(draw, 20)}"]
-    test = [changed, f"{passage} {text(draw, 40)}", same]
+    test = [changed, f"{passage} {text(draw, 15)}", same]
     assert leaks(train=train, test=test) == [
         ("exact", "train:1", "test:2"),
         ("near", "train:2", "test:0"),
         ("n-gram", "train:3", "test:1"),
     ]
     found = find_leaks([("train", probes("train", train)), ("test", probes("test", test))])
-    assert [leak.share for leak in found] == [1.0, round(57 / 59, 4), round(1 / 41, 4)]
+    assert [leak.share for leak in found] == [1.0, round(57 / 59, 4), round(1 / 16, 4)]
     assert found[2].passage == passage
     assert leaks(train=[*train[:1]], test=test) == []
 
@@ -72,6 +72,17 @@ def test_a_template_is_no_leak():
     rows = [f"{template} {text(draw, 30)}" for _ in range(24)]
     assert leaks(train=rows[:12], test=rows[12:]) == []
     assert len(leaks(train=rows[:5], test=rows[12:14])) == 5  # in so few rows it may be one passage
+
+
+def test_a_phrase_in_a_long_text_is_no_leak_but_a_long_passage_is():
+    draw = random.Random(6)
+    for words, leaked in ((25, False), (26, True)):  # 13 and 14 n-grams
+        passage = text(draw, words)
+        train, test = f"{passage} {text(draw, 400)}", f"{text(draw, 400)} {passage}"
+        assert bool(leaks(train=[train], test=[test])) == leaked
+    passage = text(draw, 13)  # one of 20 n-grams and one of 21
+    assert leaks(train=[f"x {passage}"], test=[f"{passage} {text(draw, 19)}"])
+    assert not leaks(train=[f"x {passage}"], test=[f"{passage} {text(draw, 20)}"])
 
 
 def test_n_grams_are_those_of_plain_sets():
@@ -143,8 +154,8 @@ def test_a_hundred_thousand_rows_take_less_than_a_minute_of_one_core():
     draw = random.Random(5)
     weights = list(itertools.accumulate(1 / (i + 1) for i in range(len(WORDS))))
     texts = [" ".join(draw.choices(WORDS, cum_weights=weights, k=draw.randint(20, 100))) for _ in range(100_000)]
-    for k in range(100):  # passages of 13 words out of training rows
-        texts[90_000 + k] += " " + " ".join(texts[k].split()[:13])
+    for k in range(100):  # passages of 20 words out of training rows
+        texts[90_000 + k] += " " + " ".join(texts[k].split()[:20])
     parts = {"train": texts[:80_000], "validation": texts[80_000:90_000], "test": texts[90_000:]}
     splits = [(name, probes(name, part)) for name, part in parts.items()]
     began = time.process_time()
