@@ -270,7 +270,7 @@ def test_the_page_says_what_the_json_says_and_fetches_nothing(prepare):
     page, content = Path("out/report.html").read_text(encoding="utf-8"), json.loads(Path("out/report.json").read_text())
     links = Links(page)
     assert links.fetched == [] and "img" not in links.tags and "script" not in links.tags
-    assert links.tags.count("svg") == 4  # splits, labels, lengths, findings
+    assert links.tags.count("svg") == 3  # splits, labels, lengths
     for fact in (
         *content["prepared"]["splits"].values(),
         content["tokens"],

@@ -166,8 +166,8 @@ def shared_grams(texts: Sequence[str], groups: Sequence[int]) -> list[tuple[int,
     """Return (i, j, share, passage): text i of a later group shares n-grams with text j of an earlier one.
 
     For each j and each later group, the i with the most of its n-grams shared, where these are enough. All n-grams of a
-    length are hashed at once, h(w1..wn) = h(w1..wn-1) b + v(wn) mod 2^64 with random v, and the passage is then compared
-    by its words.
+    length are hashed at once, h(w1..wn) = h(w1..wn-1) b + v(wn) mod 2^64 with random v; the passage is then compared by
+    its words.
     """
     said = [words(text) for text in texts]
     lengths = np.array([len(text) for text in said], dtype=np.int64)

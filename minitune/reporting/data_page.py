@@ -83,8 +83,8 @@ def _lengths(content: Mapping[str, Any]) -> list[str]:
 def _findings(findings: list[dict[str, Any]]) -> list[str]:
     if not findings:
         return [heading("What was found"), prose("No check found anything in these rows.")]
-    bars = [(one["kind"], one["kind"], one["count"]) for one in findings]
-    parts = [heading("What was found"), histogram("Rows by finding", bars, "rows")]
+    rows = ((one["level"], one["kind"].replace("_", " "), one["count"]) for one in findings)
+    parts = [heading("What was found"), table(("level", "finding", "rows"), rows)]
     for one in findings:
         parts += [
             heading(f"{one['level']}: {one['kind'].replace('_', ' ')}, {counted(one['count'], 'row')}", 3),
