@@ -96,6 +96,8 @@ COMBINATIONS = (
     Combination("smollm2-135m", "lora", _F, 2, 512, documents=2),
     Combination("smollm2-135m", "lora", _B, 2, 256, objective="dpo"),
     Combination("smollm2-135m", "qlora", _B, 4, 256),
+    Combination("smollm2-135m", "lora", _B, 4, 256, checkpointing=True),
+    Combination("smollm2-135m", "qlora", _B, 4, 512, checkpointing=True),
     Combination("gpt2-124m", "lora", _B, 2, 256),
     Combination("gpt2-124m", "full", _B, 2, 256),
     Combination("gemma3-112m", "lora", _B, 2, 256),
@@ -103,7 +105,6 @@ COMBINATIONS = (
     Combination("qwen3-71m", "full", _B, 4, 256, optimizer="adamw8bit"),
     Combination("smollm2-135m", "last_layers", _B, 4, 256, held_out=True),
     Combination("smollm2-135m", "full", _B, 4, 128, fused_backward=True, held_out=True),
-    Combination("smollm2-135m", "qlora", _B, 4, 512, checkpointing=True, held_out=True),
     Combination("smollm2-135m", "lora", _B, 4, 512, documents=4, held_out=True),
     Combination("smollm2-135m", "full", _F, 2, 256, optimizer="sgd", held_out=True),
     Combination("gemma3-112m", "full", _F, 1, 512, held_out=True),
@@ -111,6 +112,8 @@ COMBINATIONS = (
     Combination("olmo2-204m", "full", _B, 2, 256, accumulation=2, held_out=True),
     Combination("pythia-160m", "qlora", _F, 2, 256, held_out=True),
     Combination("pythia-160m", "lora", _B, 8, 256, held_out=True),
+    Combination("pythia-160m", "lora", _B, 4, 256, checkpointing=True, held_out=True),
+    Combination("olmo2-204m", "qlora", _B, 2, 512, checkpointing=True, held_out=True),
 )
 
 

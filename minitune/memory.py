@@ -16,10 +16,11 @@ What the process itself adds is two lines of their own, which no tensor explains
 `allocator` is what glibc's malloc keeps idle. For a tensor, aligned to 64 bytes, it looks for a block 96 bytes larger
 than the one that an equal tensor gave back, so what is freed between two tensors that stay often remains empty; blocks
 from 32 MiB on are mapped singly and given back. It is taken as half of the activations and a quarter of the gradients
-in smaller tensors (measured: 0.3 to 0.7 of the activations). With MALLOC_MMAP_THRESHOLD_=262144 in the environment it
-is nearly 0, and a step takes longer. `library` is code and plans that the matmul library makes for each shape: 10 to
-48 MB. With both, the growth of a process is met within 10% (`python -m bench.ledger`). Torch and Python, 0.3 GB before
-a model is there, come on top.
+in smaller tensors (measured: 0.3 to 0.7 of the activations), and with checkpointing as 0.3 of what would be kept
+without: the inputs that stay lie between what is made and dropped layer by layer. With MALLOC_MMAP_THRESHOLD_=262144
+in the environment it is nearly 0, and a step takes longer. `library` is code and plans that the matmul library makes
+for each shape: 10 to 48 MB. With both, the growth of a process is met within 10% (`python -m bench.ledger`). Torch and
+Python, 0.3 GB before a model is there, come on top.
 
 Not counted: a weight in fp32, which DoRA makes for the length of its rows, modules trained whole beside adapters,
 loading, validation's samples. The count is of the references in `ops`; on a GPU the loss makes 256 MiB of logits at a
@@ -46,7 +47,7 @@ from minitune.ops.rounding import POOL
 
 METHODS, OPTIMIZERS = ("full", "last_layers", "lora", "qlora"), ("adamw", "adamw8bit", "sgd")
 MAPPED = 32 << 20  # bytes of a block from which glibc's malloc maps it singly, and gives it back (mallopt(3))
-IDLE_ACTIVATIONS, IDLE_GRADIENTS = 0.5, 0.25
+IDLE_ACTIVATIONS, IDLE_CHECKPOINTED, IDLE_GRADIENTS = 0.5, 0.3, 0.25
 LIBRARY = 35_000_000
 
 
@@ -185,10 +186,10 @@ def ledger(
     kept = [[tokens * width for width in _kept(config, dtype, layer)] for layer in trained]
     adapters, joined = tokens * fixed.adapter_row, fixed.joined
     largest = max(map(sum, kept)) + adapters // len(kept)
+    masks, layer_masks = _masks(config, dtype, batch_size, length, trained, packed)
+    idle = (IDLE_CHECKPOINTED if gradient_checkpointing else IDLE_ACTIVATIONS) * _unmapped(*kept, layer_masks)
     if gradient_checkpointing:
         kept, adapters, joined = [[inputs]] * len(kept), 0, 0
-    masks, layer_masks = _masks(config, dtype, batch_size, length, trained, packed)
-    idle = IDLE_ACTIVATIONS * _unmapped(*kept, layer_masks)
     idle += 0 if fused_backward else IDLE_GRADIENTS * _unmapped(gradients)
     loss = _logits(config, dtype, tokens, bool(head)) + (head if preference else 0)
     return Ledger(
