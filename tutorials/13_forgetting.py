@@ -17,7 +17,9 @@ Open this file in VS Code or Jupyter and run it cell by cell, or run it as a who
 
 # %%
 import copy
+import json
 import math
+from pathlib import Path
 
 import torch
 
@@ -441,4 +443,31 @@ moved.load_state_dict(plain.state_dict())
 foreseen, lost = price.add(1), nothing[1] - at_start
 print(f"  the plain run: {foreseen:.3f} nats foreseen by the diagonal, {lost:.3f} lost")
 assert foreseen < lost / 2 and 0.8 == 80 / 100 and 0.2 == 20 / 100
+
+# %% [markdown]
+"""## 9. What they give on a real model
+
+SmolLM2 learns from 480 film reviews to say "positive" or "negative", with adapters on every linear layer. The adapters'
+43 steps raise the perplexity of general text from 31.4 to 38.0. With EWC, lambda = 100, it is 31.8, at an accuracy that
+400 test rows can't tell from the plain one: 77% and 75%. With rehearsal, a fifth of the rows from a set of general
+instructions, it is 30.8, and the accuracy 84%; its epoch has 66 steps, as it has more rows.
+
+So here EWC keeps nearly all, where on our small model it did not; one run does not say why. It is one seed, kept in
+`bench/results/forgetting.json`; `python -m bench.forgetting` repeats it, and has the others.
+"""
+
+# %%
+print("== 9. What they give on a real model")
+root = Path(__file__).parents[1] if "__file__" in globals() else Path()
+runs = json.loads((root / "bench/results/forgetting.json").read_text(encoding="utf-8"))
+found = {run["variant"]: run for run in runs if run["seed"] == 0 and "perplexity" in run}
+for variant, run in found.items():
+    accuracy = f"accuracy {run['accuracy']:.1%}" if "accuracy" in run else ""
+    print(f"  {variant:25} perplexity {run['perplexity']:.2f}  {accuracy}")
+rounded = {name: (round(run["perplexity"], 1), round(100 * run.get("accuracy", 0))) for name, run in found.items()}
+assert rounded["base"][0] == 31.4 and rounded["LoRA"] == (38.0, 75)
+assert rounded["LoRA, EWC 100"] == (31.8, 77) and rounded["LoRA, rehearsal 20%"] == (30.8, 84)
+assert found["LoRA"]["steps"] == 43 and found["LoRA, rehearsal 20%"]["steps"] == 66
+assert found["LoRA"]["sizes"]["train_rows"] == 480 and found["LoRA"]["rows"] == 400
+assert found["LoRA, EWC 100"]["accuracy_interval"][0] < found["LoRA"]["accuracy"]
 print("== every number agreed")
