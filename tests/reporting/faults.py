@@ -369,7 +369,7 @@ def over_at_once(world):
 
 @fault("too few steps")
 def most_rows_unseen(world):
-    return trained(world.config("unseen", world.rows(400), steps=15))
+    return trained(world.config("unseen", world.rows(400), steps=11))
 
 
 @fault("clipped at every step")
