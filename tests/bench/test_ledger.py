@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bench.ledger import COMBINATIONS, LIMIT, ROOT, SHAPES, main, predicted, table
+from bench.ledger import COMBINATIONS, ROOT, SHAPES, main, predicted, table
 
 BY_NAME = {one.name: one for one in COMBINATIONS}
 
@@ -56,4 +56,4 @@ def test_a_process_grows_as_predicted(name):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = int(done.stdout.splitlines()[-1])
-    assert predicted(BY_NAME[name]).resident == pytest.approx(measured, rel=LIMIT)
+    assert predicted(BY_NAME[name]).resident == pytest.approx(measured, rel=BY_NAME[name].limit)
