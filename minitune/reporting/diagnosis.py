@@ -99,7 +99,8 @@ def interruption(run: Run) -> Finding | None:
     if run.outcome.get("status") == "stopped":
         where = f"outcome.json: stopped by signal {run.outcome.get('signal')} after {steps}, with its state saved"
         return Finding("the run was stopped", where, f"go on with: {_again(run)}", ranked(END))
-    if run.outcome or (run.folder / "report.md").is_file():  # runs of old have a report alone
+    old = not run.facts and (run.folder / "report.md").is_file()  # a finished run of an older version
+    if run.outcome or old:
         return None
     memory, used = run.environment.get("memory_mb"), last.get("peak_rss_mb", 0)
     if memory and used >= FULL * memory:

@@ -92,6 +92,7 @@ def read_run(folder: Path) -> Run:
     if not isinstance(options, dict) or not _OPTIONS <= options.keys():
         raise ConfigError(f"{folder / 'config.yaml'} holds no options of a training run; name the --output of one")
     lines = [line for line in read_metrics(folder) if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    outcome = _read(folder / "outcome.json", {})
     found = sorted((folder / EVALUATIONS).glob("*.json"))
     return Run(
         folder=folder,
@@ -101,9 +102,9 @@ def read_run(folder: Path) -> Run:
         facts=_read(folder / "facts.json", {}),
         steps=[line for line in lines if _STEP <= line.keys()],
         evaluations=[line for line in lines if _EVALUATION <= line.keys()],
-        outcome=_read(folder / "outcome.json", {}),
+        outcome=outcome,
         measured={path.stem: _read(path, {}) for path in found},
-        running=_is_running(folder),
+        running=not outcome and _is_running(folder),  # the report is written while the run still holds its folder
     )
 
 

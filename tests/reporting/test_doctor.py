@@ -99,6 +99,12 @@ def test_a_run_of_old_without_facts_and_outcome_is_read(runs, tmp_path):
     assert [finding.name for finding in alarms(folder)][:1] == ["learning rate too high"]
 
 
+def test_a_report_of_a_killed_run_does_not_hide_its_end(runs, tmp_path):
+    folder = shutil.copytree(runs("killed"), tmp_path / "reported")
+    write_report(folder)
+    assert alarms(folder)[0].name == "the run was killed"
+
+
 def test_memory_is_named_where_the_last_line_had_nearly_all(runs, tmp_path):
     folder = shutil.copytree(runs("killed"), tmp_path / "big")
     last = read_run(folder).steps[-1]["peak_rss_mb"]

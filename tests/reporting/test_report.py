@@ -62,6 +62,7 @@ def test_both_reports_have_every_section_with_the_same_words(done):
                  "python -m minitune.evaluate --model", "--safety donotanswer"):  # fmt: skip
         assert part in text and part in page, part
     assert "rows.jsonl | warning | mixed_formats | 3 | odd | even |" in text, "what prepare found in this file"
+    assert "still goes on" not in text
     assert "unknown" in text.split("energy")[1][:12]
 
 
