@@ -192,9 +192,19 @@ def summarize(expected: Sequence[str], predicted: Sequence[str], labels: Sequenc
 
 
 def _read(answer: str, labels: Sequence[str]) -> str:
-    """Return the one label that the answer is but for case and what surrounds it, else the answer itself."""
+    """Return the one label that the answer is but for case and what surrounds it, else the answer itself.
+
+    Of labels that differ in such marks alone, as C and C++, it is the longest one that the answer has.
+    """
     if answer in labels or answer.endswith(CUT):
         return answer
-    bare = answer.strip(string.punctuation + string.whitespace).casefold()
-    meant = [label for label in labels if label.casefold() == bare]
-    return meant[0] if len(meant) == 1 else answer
+    meant = [label for label in labels if _bare(label) == _bare(answer) and label.casefold() in answer.casefold()]
+    longest = [label for label in meant if len(label) == max(map(len, meant))]
+    return longest[0] if len(longest) == 1 else answer
+
+
+def _bare(text: str) -> str:
+    """Return a text in lower case without the marks and white space around it, but with the minus of a number."""
+    bare = text.strip(string.punctuation + string.whitespace)
+    minus = "-" if bare[:1].isdigit() and text[: text.index(bare)].endswith("-") else ""
+    return (minus + bare).casefold()

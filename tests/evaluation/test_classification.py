@@ -57,6 +57,23 @@ def test_labels_that_differ_in_case_only_are_matched_exactly(answered):
     assert classify(None, None, rows("A", "A", "A"), ("A", "a")).confusion == [[1, 1, 1], [0, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    "labels, answer, read",
+    [
+        (("1", "0", "-1"), "-1.", "-1"),
+        (("1", "0", "-1"), "**1**", "1"),
+        (("1", "0"), "-1", None),  # another number, not a mark before it
+        (("C", "C++"), "c++.", "C++"),
+        (("C", "C++"), '"C"', "C"),
+        (("positive", "negative"), "- positive", "positive"),
+    ],
+)
+def test_marks_that_tell_labels_apart_are_part_of_them(answered, labels, answer, read):
+    answered(Answer(answer, 3, True))
+    counts = classify(None, None, rows(labels[0]), labels).confusion[0]
+    assert (*labels, None)[counts.index(1)] == read
+
+
 def test_labels_are_matched_without_white_space_around_them(answered):
     answered(Answer("negative", 2, True))
     assert classify(None, None, rows("negative"), ("positive ", " negative")).accuracy == 1.0
