@@ -1,7 +1,9 @@
 """What a golden set found, of one model or two: shares, the difference row by row, as lines and as a page.
 
 A row that one model passes and the other does not is "fixed" or "broken"; of these McNemar's exact test asks whether
-they are more than a coin's tosses (`comparison`). A page shows each row's answers side by side, broken ones first.
+they are more than a coin's tosses (`comparison`). A row on which the judge gave no verdict of one model has no change
+and is not compared: a reply that could not be read must not look like a row that got better. A page shows each row's
+answers side by side, broken ones first.
 """
 
 import shutil
@@ -19,7 +21,7 @@ from minitune.evaluation.golden import Checked, Row
 from minitune.evaluation.metrics import wilson_interval
 from minitune.reporting.page import heading, page, preformatted, prose, table, visible
 
-CHANGES = ("broken", "fixed", "same-fail", "same-pass")
+CHANGES = ("broken", "fixed", "same-fail", "same-pass", "no-verdict")
 SHOWN = 10  # changed rows in the terminal
 _STYLE = """
 .both { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
@@ -47,16 +49,21 @@ def report(rows: Sequence[Row], tuned: Answered, base: Answered | None = None) -
     ]
     if base is not None:
         for one in found["answers"]:
-            one["change"] = _change(one["tuned"]["passed"], one["base"]["passed"])
+            one["change"] = _change(one["tuned"], one["base"])
         changes = [one["change"] for one in found["answers"]]
         found["changes"] = {change: changes.count(change) for change in CHANGES}
-        right = [[one.passed for one in checked] for _, checked in (tuned, base)]
-        found["comparison"] = asdict(compare_right(*right))
+        whole = [one for one in found["answers"] if one["change"] != "no-verdict"]
+        right = [[one[side]["passed"] for one in whole] for side in ("tuned", "base")]
+        found["comparison"] = asdict(compare_right(*right)) if whole else None
     return found
 
 
-def _change(tuned: bool, base: bool) -> str:
-    return ("same-pass" if tuned else "same-fail") if tuned == base else "fixed" if tuned else "broken"
+def _change(tuned: dict[str, Any], base: dict[str, Any]) -> str:
+    if tuned["no_verdict"] or base["no_verdict"]:
+        return "no-verdict"
+    if tuned["passed"] == base["passed"]:
+        return "same-pass" if tuned["passed"] else "same-fail"
+    return "fixed" if tuned["passed"] else "broken"
 
 
 def _share(checked: Sequence[Checked]) -> dict[str, Any]:
@@ -97,8 +104,10 @@ def share_text(one: dict[str, Any]) -> str:
     return f"{one['passed']} of {one['rows']} pass, {one['value']:.1%}  (95% interval {low:.1%} to {high:.1%})"
 
 
-def comparison_text(compared: dict[str, Any]) -> str:
+def comparison_text(compared: dict[str, Any] | None) -> str:
     """Say plainly who wins, by which test."""
+    if compared is None:
+        return "not compared: no row has a verdict of both models"
     words = {"wins": "the tuned model passes more rows", "loses": "the tuned model is WORSE than the base",
              "undecided": "the tuned model does not win: the rows show no difference"}  # fmt: skip
     low, high = compared["interval"]

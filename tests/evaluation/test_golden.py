@@ -160,7 +160,7 @@ def two(write):
 def test_the_difference_row_by_row(two):
     found = golden_diff.report(*two)
     assert [one["change"] for one in found["answers"]] == ["broken", "fixed", "same-fail", "same-pass"]
-    assert found["changes"] == {"broken": 1, "fixed": 1, "same-fail": 1, "same-pass": 1}
+    assert found["changes"] == {"broken": 1, "fixed": 1, "same-fail": 1, "same-pass": 1, "no-verdict": 0}
     assert [found[side]["pass_rate"]["passed"] for side in ("tuned", "base")] == [2, 2]
     assert found["tuned"]["tags"]["s"]["passed"] == 1 and found["base"]["tags"]["b"]["value"] == 1.0
     compared = found["comparison"]
@@ -173,8 +173,19 @@ def test_the_difference_row_by_row(two):
     assert beside.split("|")[1].strip() == "a"  # the base's answer, then the tuned model's
 
 
+def test_a_row_without_a_verdict_is_no_gain(two):
+    rows, tuned, (replies, checked) = two
+    checked = [golden.Checked(False, ("no verdict",), judged=True, no_verdict=True), checked[1], *checked[2:]]
+    found = golden_diff.report(rows[1:], (tuned[0][1:], tuned[1][1:]), (replies[1:], [checked[0], *checked[2:]]))
+    assert [one["change"] for one in found["answers"]] == ["no-verdict", "same-fail", "same-pass"]  # not "fixed"
+    assert (found["comparison"]["gained"], found["comparison"]["p"]) == (0, 1.0)
+    assert "no-verdict: 1" in golden_diff.page_of(found, {"tuned": "a", "base": "b"})
+    none = golden_diff.report(rows[:1], (tuned[0][:1], tuned[1][:1]), (replies[:1], checked[:1]))
+    assert none["comparison"] is None and "not compared" in "\n".join(golden_diff.lines(none))
+
+
 def test_a_swapped_change_is_caught(two, tmp_path):
-    wrong = mutant(golden_diff, tmp_path, '"fixed" if tuned else "broken"', '"broken" if tuned else "fixed"')
+    wrong = mutant(golden_diff, tmp_path, '"fixed" if tuned["passed"]', '"fixed" if base["passed"]')
     assert wrong.report(*two)["answers"] != golden_diff.report(*two)["answers"]
 
 
