@@ -19,8 +19,9 @@ from 32 MiB on are mapped singly and given back. It is taken as half of the acti
 in smaller tensors (measured: 0.3 to 0.7 of the activations), and with checkpointing as 0.3 of what would be kept
 without: the inputs that stay lie between what is made and dropped layer by layer. With MALLOC_MMAP_THRESHOLD_=262144
 in the environment it is nearly 0, and a step takes longer. `library` is code and plans that the matmul library makes
-for each shape: 10 to 48 MB. With both, the growth of a process is met within 10%, with checkpointing 15% (`python -m
-bench.ledger`). Torch and Python, 0.3 GB before a model is there, come on top.
+for each shape: 10 to 48 MB. With both, the growth of a process is met within 10% in 26 of 28 combinations and within
+16% in all (`python -m bench.ledger`); the worst is a GPT-NeoX in bf16, where malloc keeps twice as much idle. Torch and
+Python, 0.3 GB before a model is there, come on top.
 
 Not counted: a weight in fp32, which DoRA makes for the length of its rows, modules trained whole beside adapters,
 loading, validation's samples. The count is of the references in `ops`; on a GPU the loss makes 256 MiB of logits at a
