@@ -9,11 +9,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ("ops", "model", "losses", "text", "checkpoint", "training", "decoding.py", "sampling.py", "codebooks.py")
 # The design's 4,000 and 8,000 held supervised training and QLoRA with nothing to spare. Since then came preference
-# learning (300 lines of the core, 1,000 of the library, most of them data formats, sampling and scoring) and twelve
-# more families in and out (2,100 of the core: 700 GGUF and its tokenizers, 500 tables of fields, 550 what PEFT's
-# adapters can be), and evaluation against references (850 of the library). The loop and the losses did not grow by
-# it, the transformer did by 60 lines.
-CORE_LIMIT, LIBRARY_LIMIT, FILE_LIMIT, FUNCTION_LIMIT = 6700, 17500, 300, 50
+# learning (300 lines of the core, 1,000 of the library, most of them data formats, sampling and scoring), twelve more
+# families in and out (2,100 of the core: 700 GGUF and its tokenizers, 500 tables of fields, 550 what PEFT's adapters
+# can be), and what is around a run: evaluation, curation, reporting and planning, 8,100 lines that the loop does not
+# know of. Of the core, remedies against forgetting and the facts that a run writes down took 450; the loop grew by 10,
+# the transformer by 60 in all.
+CORE_LIMIT, LIBRARY_LIMIT, FILE_LIMIT, FUNCTION_LIMIT = 7000, 21500, 300, 50
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
