@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from minitune.data.examples import Example
-from minitune.errors import ConfigError
+from minitune.errors import CheckpointError, ConfigError
 from minitune.evaluation.answers import shown_messages
 from minitune.evaluation.reward import last_hidden
 from minitune.evaluation.verdicts import marked
@@ -53,7 +53,7 @@ def rank(
 
     Raises:
         ConfigError: the judge has no chat template, is a reward model, or writes both letters alike.
-        DataError: a comparison is too long for the judge.
+        DataError: a comparison is too long for the judge. CheckpointError: a score is not finite.
     """
     found = differences(model, tokenizer, prompts, answers, rubric, batch_size)
     return [standings(len(texts), one) for texts, one in zip(answers, found, strict=True)]
@@ -86,6 +86,8 @@ def differences(
     head = model.head_weight[list(letters)]  # (2, D): all but these two logits cancel in d
     hidden = last_hidden(model, comparisons, batch_size, "judge")
     logits = model.capped(F.linear(hidden.float(), head.float()))
+    if not bool(logits.isfinite().all()):
+        raise CheckpointError("the judge gives a letter no finite score; use dtype float32, or check the weights")
     found: list[dict] = [{} for _ in answers]
     for (row, first, second), difference in zip(asked, (logits[:, 0] - logits[:, 1]).tolist(), strict=True):
         found[row][first, second] = difference

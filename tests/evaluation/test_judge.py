@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitune import load_model, load_tokenizer
-from minitune.errors import ConfigError, DataError
+from minitune.errors import CheckpointError, ConfigError, DataError
 from minitune.evaluation import judge
 from minitune.text.templates import ChatTemplate
 from tests.kernels.proof import mutant
@@ -158,3 +158,10 @@ def test_models_that_cannot_judge_are_refused(roomy, reward_adapter, judging):
 def test_a_comparison_that_is_too_long_is_named(judging):
     with pytest.raises(DataError, match="prompt 2, answers 1 and 2: .* at most 1024"):
         judge.rank(*judging, PROMPTS, [["a", "b"], ["a", "b" * 1000]])
+
+
+def test_a_letter_without_a_finite_score_is_no_verdict(folder):
+    model = load_model(folder)
+    model.head_weight.data[:] = float("nan")
+    with pytest.raises(CheckpointError, match="no finite score"):
+        judge.differences(model, load_tokenizer(folder), PROMPTS[:1], [["a", "b"]])
