@@ -231,7 +231,12 @@ class EvaluateConfig(ModelOptions):
         """Refuse a judge of nothing, files that several models would write, and what given answers leave idle."""
         if self.judge.model is not None and not self.judge.asked and self.golden is None:
             raise ConfigError("judge.model has nothing to judge; give --judge.prompts, --judge.key or --golden")
-        for name, given in (("blind", self.blind.asked), ("golden_page", self.golden_page), ("answers", self.answers)):
+        defaults = JudgeOptions()
+        for name in ("by", "read", "rubric", "scores"):
+            if not self.judge.asked and getattr(self.judge, name) != getattr(defaults, name):
+                raise ConfigError(f"judge.{name} has no effect on a golden set, whose rows say what is expected")
+        two = {"blind": self.blind.asked, "golden_page": self.golden_page, "answers": self.answers}
+        for name, given in (two | {"judge.key": self.judge.key, "judge.scores": self.judge.scores}).items():
             if given and self.also is not None:
                 raise ConfigError(f"{name} is for two models, and also names more; leave one of them out")
         asking = bool(self.golden or self.blind.prompts or self.judge.prompts)
@@ -259,6 +264,12 @@ class EvaluateConfig(ModelOptions):
     def reference(self) -> ModelOptions:
         """The base: as it is published, unless it is quantised by option."""
         return self._options(self.base or self.model)
+
+    @property
+    def base_name(self) -> str:
+        """The base for reports: the model, and the adapter where `base` names one."""
+        found = self.reference
+        return found.model if found.adapter is None else f"{found.model} + {found.adapter}"
 
     def _options(self, path: str) -> ModelOptions:
         given = {name: getattr(self, name) for name in ("dtype", "quantize", "device", "backend")}
@@ -318,7 +329,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     for name, options in models.items():
         against = {} if alone and not name else base
         described[name] = {"model": options.model if used else None, "adapter": options.adapter}
-        described[name] |= {"base": config.reference.model} if against else {}
+        described[name] |= {"base": config.base_name} if against else {}
         for key, kind in kinds.items():
             described[name][kind.KEY] = kind.report(tasks[key], found[name][key], against.get(key), config)
     result = described.pop("")

@@ -183,6 +183,13 @@ def test_choices_are_compared_with_any_other_model(tiny, adapter, tmp_path, caps
     assert "the tuned model does not win on any metric" in capsys.readouterr().out
 
 
+def test_a_base_that_is_an_adapter_is_named_as_one(tiny, adapter, questions, tmp_path, capsys):
+    options = ("--references", questions, "--metrics", "likelihood", "--max_rows", 2, "--output", tmp_path / "out.json")
+    run(tiny, "--base", adapter, *options)
+    assert json.loads((tmp_path / "out.json").read_text())["base"] == f"{tiny} + {adapter}"
+    assert f"base        {tiny} + {adapter}\n" in capsys.readouterr().out
+
+
 def test_answers_are_not_generated_where_only_references_are_read(tiny, questions, tmp_path, monkeypatch, capsys):
     from minitune.evaluation import references
 

@@ -115,7 +115,7 @@ def _letters(pairs: list[Duel], rubric: Rubric, config: Any) -> list[judging.Bot
 def asker(config: Any) -> judging.Ask:
     """Return what asks the judge, with its journal and a bar; its identity there is all that shapes its replies."""
     options, responder = config.judge, config.judge.load()
-    shaping = ("name", "max_new_tokens", "temperature", "seed", "dtype", "quantize")
+    shaping = ("name", "use", "weights", "max_new_tokens", "temperature", "seed", "dtype", "quantize")
     judge = json.dumps([getattr(options, name) for name in shaping])
     at_once = (options.batch_size or 32) if options.endpoint is None else (options.parallel or 4)
 
@@ -163,7 +163,7 @@ def model_names(config: Any) -> dict[str, str]:
         files = (config.answers,) if isinstance(config.answers, str) else config.answers
         return dict(zip(SIDES, files, strict=False))
     tuned = config.model if config.adapter is None else f"{config.model} + {config.adapter}"
-    return {"tuned": tuned, "base": config.reference.model}
+    return {"tuned": tuned, "base": config.base_name}
 
 
 def lines(found: dict[str, Any]) -> list[str]:
