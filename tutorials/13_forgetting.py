@@ -469,6 +469,7 @@ rounded = {name: (round(run["perplexity"], 1), round(100 * run.get("accuracy", 0
 assert rounded["base"][0] == 31.4 and rounded["LoRA"] == (38.0, 75)
 assert rounded["LoRA, EWC 100"] == (31.8, 77) and rounded["LoRA, rehearsal 20%"] == (30.8, 84)
 assert rounded["LoRA, L2 0.01"] == (35.0, 78) and rounded["LoRA, lower half frozen"] == (42.7, 75)
+assert float(found["LoRA, L2 0.01"]["command"].split()[-1]) == 0.01
 assert found["LoRA"]["steps"] == 43 and found["LoRA, rehearsal 20%"]["steps"] == 66
 assert found["LoRA"]["sizes"]["train_rows"] == 480 and found["LoRA"]["rows"] == 400
 assert found["LoRA, EWC 100"]["accuracy_interval"][0] < found["LoRA"]["accuracy"]
