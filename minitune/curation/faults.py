@@ -22,7 +22,11 @@ _TAGS = (
     "header|hr|html|i|iframe|img|input|li|link|main|meta|nav|ol|option|p|pre|script|section|select|small|span|strong|"
     "style|sub|sup|table|tbody|td|textarea|th|thead|title|tr|u|ul|video"
 )
-_TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]{{0,400}})?\s?/?>|<!--.{{0,400}}?-->", re.IGNORECASE | re.DOTALL)
+_TAG = re.compile(  # with attributes that have values, so that "a <b and b> c" is none
+    rf"</?(?:{_TAGS})(?:\s[^<>=]{{0,400}}=[^<>]{{0,400}}|(?:\s+(?:async|checked|clear|defer|disabled|hidden|required))*)"
+    r"\s*/?>|<!--.{0,400}?-->",
+    re.IGNORECASE | re.DOTALL,
+)
 _HIDDEN = re.compile(r"<(script|style)\b.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 _ENDS = r"<(?:br\s?/?|/(?:p|div|li|tr|h[1-6]|ul|ol|table))\s*>"
 _BREAK = re.compile(rf"[ \t]*{_ENDS}[ \t]*", re.IGNORECASE)
@@ -37,6 +41,7 @@ _FENCED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 _TRACKING = re.compile(
     r"(?<=[?&])(?:utm_\w+|fbclid|gclid|yclid|msclkid|dclid|igshid|mc_[ce]id|_hsenc|_hsmi|ref_src)=[^&#\s\"'<>)\]]*&?"
 )
+_QUERY = re.compile(r"[?&][^\s\"'<>)\]#]*")
 _CONTROL = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"  # terminal colours, control characters
     r"|[\u200b\u2060-\u2064\ufeff\u00ad\ufff9-\ufffb\ufffe\uffff]"  # no width, soft hyphen, no characters
@@ -107,14 +112,20 @@ def repair_markup(text: str) -> str:
     for code in [*_FENCED.finditer(text), None]:
         piece = text[end : code.start()] if code else text[end:]
         piece = _TAG.sub("", _BREAK.sub("\n", _HIDDEN.sub("", piece)))
-        pieces += [html.unescape(piece), code[0] if code else ""]
+        piece = _ENTITY.sub(lambda found: html.unescape(found[0]), piece)  # not "&copy=2" in a link
+        pieces += [piece, code[0] if code else ""]
         end = code.end() if code else end
     return "".join(pieces)
 
 
 def repair_tracking(text: str) -> str:
     """Return the text with links that do not say where they were clicked."""
-    return re.sub(r"[?&](?=[\s\"'<>)\]#]|$)", "", _TRACKING.sub("", text)) if _TRACKING.search(text) else text
+    return _QUERY.sub(_untracked, text)
+
+
+def _untracked(query: re.Match) -> str:
+    kept = _TRACKING.sub("", query[0])
+    return kept[:-1] if kept != query[0] and kept[-1] in "?&" and kept[-1] != query[0][-1] else kept
 
 
 def _fences_in(text: str) -> str | None:
