@@ -3,8 +3,9 @@
 Everything is looked for and reported; rows change or go only where `CleaningOptions` asks for it by the finding's
 name, and each that does is returned with the reason. Repairs come first, so that what was broken in two ways and is
 the same once repaired counts as a duplicate. Of duplicates the first stays. A near duplicate goes only where a row
-that stays is near it, so of a chain (A like B, B like C, C not like A) both ends stay. Cleaning by default was
-rejected: every rule here is wrong for some data set.
+that stays is near it, so of a chain (A like B, B like C, C not like A) both ends stay. Rows that answer or judge
+otherwise are no duplicates, however alike the rest: to keep the first of a contradiction would be to decide it.
+Cleaning by default was rejected: every rule here is wrong for some data set.
 """
 
 import re
@@ -17,8 +18,8 @@ from typing import Any, Literal
 
 from minitune.curation.faults import FAULTS
 from minitune.curation.findings import Finding, answers_of, finding, quoted, texts_of, with_texts
-from minitune.curation.near_duplicates import near_duplicates
-from minitune.data.splits import duplicates, row_key
+from minitune.curation.near_duplicates import near_duplicates, words
+from minitune.data.splits import duplicates, normalise, row_key
 from minitune.errors import ConfigError
 
 Removable = Literal[
@@ -31,6 +32,7 @@ _PLACEHOLDER = re.compile(
     r"(?:your |insert )?(?:answer|text|response|output) here)\W*",
     re.IGNORECASE | re.DOTALL,
 )
+_SHORT, _ALIKE = 5, 0.5  # words of an answer that has to be the same; share of words that longer ones have in common
 _LABEL_SHARE = 0.05  # where answers are few, one that so many rows have is a label, whatever it looks like
 
 
@@ -170,7 +172,7 @@ def _has_content(text: str) -> bool:
 def _duplicates(done: Cleaned, options: CleaningOptions) -> None:
     """Report rows that repeat an earlier one, exactly (as `data.splits.row_key` has it) or nearly."""
     rows = done.kept
-    exact = duplicates(map(row_key, rows))
+    exact = duplicates((row_key(row), getattr(row, "desirable", None)) for row in rows)
     if exact:
         i, j = exact[0]
         what = f"rows that repeat an earlier one up to case and white space, first {rows[i].origin} = {rows[j].origin}"
@@ -182,7 +184,7 @@ def _duplicates(done: Cleaned, options: CleaningOptions) -> None:
     )
     gone: set[int] = set()
     for i, j, similarity in pairs:  # in order of i: whether j stays is settled when i comes
-        if i not in gone and j not in gone:
+        if i not in gone and j not in gone and _answer_alike(rows[i], rows[j]):
             gone.add(i)
             done.near.append((rows[i], rows[j], similarity))
     if done.near:
@@ -190,6 +192,19 @@ def _duplicates(done: Cleaned, options: CleaningOptions) -> None:
         what = f"rows nearly the same as an earlier one, first {later.origin} = {earlier.origin} ({similarity:.0%})"
         remedy = "remove them, if the difference does not matter"
         _settle(done, "near_duplicate", [later for later, *_ in done.near], what, remedy, options)
+
+
+def _answer_alike(row: Any, other: Any) -> bool:
+    """Tell whether the last answers say the same: short ones exactly, long ones by half their words; of pairs both."""
+    if getattr(row, "desirable", None) != getattr(other, "desirable", None):
+        return False
+    for side, beside in zip(row.sides, other.sides, strict=False):
+        answer, against = (normalise(answers_of(one)[-1]).strip(" .,;:!?'\"") for one in (side, beside))
+        said, heard = set(words(answer)), set(words(against))
+        short = min(len(said), len(heard)) <= _SHORT
+        if answer != against and (short or len(said & heard) < _ALIKE * len(said | heard)):
+            return False
+    return True
 
 
 def compared(row: Any) -> list[str]:

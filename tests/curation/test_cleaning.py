@@ -7,8 +7,8 @@ import pytest
 from minitune.curation.cleaning import CleaningOptions, clean
 from minitune.curation.faults import FAULTS, repair_control, repair_markup, repair_tracking
 from minitune.curation.findings import answers_of, texts_of, with_texts
-from minitune.data.formats import Record, parse_alpaca
-from minitune.data.preference_formats import PreferenceRecord
+from minitune.data.formats import Record, detect_format, parse_alpaca
+from minitune.data.preference_formats import FORMATS_OF, PreferenceRecord
 from minitune.errors import ConfigError
 
 ANSWERS = [
@@ -162,6 +162,31 @@ def test_exact_and_near_duplicates_the_first_stays():
     assert done.near[0][2] == pytest.approx((len(words) - 3) / (len(words) + 3))  # one word is in three shingles
     done = clean(rows, CleaningOptions(threshold=0.7, remove=("exact_duplicate", "near_duplicate")))
     assert done.kept == rows[:5] and len(done.removed) == 3
+
+
+LONG = "the ferry left the harbour at noon and came back over the wide river before the mist had gone that summer day "
+YES, NO = "yes it is so and well done my good old friend", "no that was never true nor will it be any time soon"
+OTHERWISE = {
+    "labels": ("examples", {"instruction": LONG, "output": "positive"}, {"instruction": LONG, "output": "negative"}),
+    "numbers": (
+        "examples", {"instruction": LONG + "20", "output": "-600"}, {"instruction": LONG + "30", "output": "600"},
+    ),
+    "a pair the other way round": (
+        "pairs", {"prompt": LONG, "chosen": YES, "rejected": NO}, {"prompt": LONG, "chosen": NO, "rejected": YES},
+    ),
+    "another verdict": (
+        "judged", {"prompt": LONG, "completion": YES, "label": True},
+        {"prompt": LONG, "completion": YES, "label": False},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind,one,other", OTHERWISE.values(), ids=OTHERWISE)
+def test_rows_that_answer_otherwise_are_no_duplicates(kind, one, other):
+    formats = FORMATS_OF[kind]
+    rows = [formats[detect_format(row, "d:1", formats)].parse(row, f"d:{i}") for i, row in enumerate((one, other, one))]
+    done = clean(rows, CleaningOptions(threshold=0.7, remove=("exact_duplicate", "near_duplicate")))
+    assert done.kept == rows[:2] and [reason for _, reason in done.removed] == ["exact_duplicate"]
 
 
 def test_of_a_chain_both_ends_stay():
