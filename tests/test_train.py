@@ -293,7 +293,8 @@ def test_the_report_shows_the_weights_that_were_kept_and_commands_that_can_be_pa
     names = ("minitune", "torch", "dtype", "device", "threads", "processor")
     (folder / "environment.json").write_text(json.dumps(dict.fromkeys(names, "x")))
     outcome = {"status": "finished", "steps": 2, "base_loss": 3.0, "best_loss": 1.0, "best_step": 1, "seconds": 1.0,
-               "target_tokens": 9, "peak_rss_mb": 1.0, "parted_step": None, "result": str(folder / "adapter")}  # fmt: skip
+               "target_tokens": 9, "peak_rss_mb": 1.0, "parted_step": None,
+               "result": str(folder / "adapter")}  # fmt: skip
     (folder / "outcome.json").write_text(json.dumps(outcome))
     options = json.loads(json.dumps(dataclasses.asdict(TrainConfig(data="rows.jsonl").resolved())))
     (folder / "config.yaml").write_text(yaml.safe_dump(options))

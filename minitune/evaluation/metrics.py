@@ -23,7 +23,8 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tup
     share, spread = successes / total, z * z / total
     centre = share + spread / 2
     half = z * (share * (1 - share) / total + spread / (4 * total)) ** 0.5
-    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+    low = (centre - half) / (1 + spread) if successes else 0.0  # exactly: rounding would leave 6e-18
+    return low, (centre + half) / (1 + spread) if successes < total else 1.0
 
 
 def confusion_matrix(expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
