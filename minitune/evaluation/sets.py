@@ -88,11 +88,18 @@ def labels_of(name: str) -> str | None:
 
 def verifier_of(name: str) -> Verifier | None:
     """Return what scores an answer to a row of a set, 0 to 1, where the set brings that."""
-    kind, part = _named(name)
+    kind = _named(name)[0]
     if not kind.startswith(f"{GYM}:"):
         return None
-    rows = _gym(kind.removeprefix(f"{GYM}:"), part)
-    return lambda row, text: rows[row.origin][1](text.strip())
+    task = kind.removeprefix(f"{GYM}:")
+
+    def verify(row: Record, text: str) -> float:
+        rows = _gym(task, _named(row.origin.rpartition(":")[0])[1])  # of whichever part the row is
+        if row.origin not in rows:
+            raise DataError(f"{row.origin} is no row of {GYM}:{task}, whose verifier knows these alone; take another")
+        return rows[row.origin][1](text.strip())
+
+    return verify
 
 
 def provenance(name: str | Path) -> dict[str, str]:

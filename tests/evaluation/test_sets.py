@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 
+from minitune.data.formats import Record
 from minitune.errors import CheckpointError, ConfigError, DataError
 from minitune.evaluation import sets
 from minitune.evaluation.classification import read_labelled
@@ -83,6 +84,9 @@ def test_a_task_of_the_gym_brings_its_verifier_and_new_questions_in_each_part(we
     assert task.verify(task.rows[3], " 4\n") == 1 and task.verify(task.rows[3], "5") == 0.01
     asked = {row.messages[0]["content"] for row in task.rows}
     other = sets.rows_of("reasoning-gym:sums:validation")
+    assert (task.verify(other[0], "201"), task.verify(other[0], "5")) == (1, 0.01)  # to choose the base's prompt by
+    with pytest.raises(DataError, match="r:1 is no row of reasoning-gym:sums"):
+        task.verify(Record("r:1", ""), "5")
     assert len(other) == 100 and not asked & {row.messages[0]["content"] for row in other}
     with pytest.raises(ConfigError, match="no task 'sum'; did you mean 'sums'"):
         sets.rows_of("reasoning-gym:sum")
