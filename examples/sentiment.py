@@ -224,7 +224,7 @@ class Measured:
 
         model, tokenizer = self._load(None)
 
-        def measure(rows: list[Any]) -> dict[str, Any]:
+        def measure(rows: list[Any], _stop: tuple[str, ...]) -> dict[str, Any]:
             predicted = self._answers(model, tokenizer, rows, "validation rows")
             return classification_metrics([row.label for row in rows], predicted, LABELS)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minitune import evaluate
+from minitune.decoding import Answer
 from minitune.errors import CheckpointError, ConfigError, DataError
 
 
@@ -262,6 +263,27 @@ def test_the_base_is_asked_in_its_best_way(tiny, adapter, reviews, tmp_path, cap
     assert "base asked  asked, 0 examples (as given)" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"test.jsonl:1 asks what the test row .*test.jsonl:1 asks, and 2 more"):
         run(tiny, "--classify", reviews, "--labels", "positive,negative", "--validation", reviews)
+
+
+def test_validation_rows_are_as_many_as_asked_for_and_texts_end_after_their_examples(tiny, tmp_path, monkeypatch):
+    from minitune.evaluation import classification
+
+    asked, rows = [], [{"prompt": f"film {n} was", "completion": ("positive", "negative")[n % 2]} for n in range(40)]
+    for name, part in (("test", rows[:4]), ("validation", rows[4:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+
+    def answers(model, tokenizer, prompts, *, stop, **_):
+        asked.append((len(prompts), stop))
+        shown = ["positive" if prompt.endswith(tuple(f" {n} was" for n in range(0, 40, 2))) else "negative"
+                 for prompt in prompts]  # fmt: skip
+        return [Answer(text, 1, True) if stop else Answer(f"{text}\n\nfilm", 16, False) for text in shown]
+
+    monkeypatch.setattr(classification, "generate_texts", answers)
+    run(tiny, "--classify", tmp_path / "test.jsonl", "--labels", "positive,negative", "--max_rows", 3,
+        "--validation", tmp_path / "validation.jsonl", "--output", tmp_path / "out.json")  # fmt: skip
+    assert asked == [(3, ())] * 3 + [(3, ("\n\n",))] * 7  # nine ways on validation rows, then the test rows
+    found = json.loads((tmp_path / "out.json").read_text())["classification"]
+    assert found["accuracy"] == 1.0 and found["prompt"]["shots"] == 4
 
 
 def test_what_a_training_cost_is_measured_on_the_base_too(tiny, adapter, tmp_path, capsys):

@@ -124,6 +124,7 @@ def ask_labels(
     *,
     max_new_tokens: int = 16,
     batch_size: int = 32,
+    stop: Sequence[str] = (),
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Return what the model answers to every question, without white space around it.
@@ -137,6 +138,7 @@ def ask_labels(
         labels: the L labels.
         max_new_tokens: an answer that has not ended by then is no label; room for the longest label and more.
         batch_size: questions read at once.
+        stop: an answer ends before the first of these strings too.
         on_batch: called after each batch with its number of rows.
 
     Raises:
@@ -151,7 +153,7 @@ def ask_labels(
         raise DataError(f"{mixed.origin}: messages and text to continue in one file; keep them in two files")
     answers = generate_texts(
         model, tokenizer, [row.prompt for row in rows],
-        max_new_tokens=max_new_tokens, raw=rows[0].raw, batch_size=batch_size, on_batch=on_batch,
+        max_new_tokens=max_new_tokens, raw=rows[0].raw, batch_size=batch_size, stop=stop, on_batch=on_batch,
     )  # fmt: skip
     return [answer.text.strip() + ("" if answer.finished else CUT) for answer in answers]
 

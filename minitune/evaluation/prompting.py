@@ -8,6 +8,9 @@ validation rows, and the test rows are asked in the best of them,
 so that what is called a gain of the training is not one of the wording. The rows that examples are taken from are not
 asked, and no row of either kind may be a test row. Choosing on the test rows was rejected: it would flatter the base,
 the more the more ways there are.
+
+A model that continues text after examples goes on with more of them, so its answer ends where the next one would begin.
+Without that, no answer of a base would be whole, and each would count as wrong.
 """
 
 import json
@@ -27,6 +30,7 @@ from minitune.evaluation.scores import Measured
 from minitune.sources import resolve
 
 MARK = "{}"
+GAP = "\n\n"  # between the examples of a text to continue
 Row = LabelledPrompt | Record | Question
 
 
@@ -72,6 +76,11 @@ class Chosen:
     def ask(self, row: Row, *, chat: bool) -> Row:
         """Return a row asked in this way; `chat`: the tokenizer has a chat template."""
         return reworded(row, self.way, self.shots[: self.way.shots], chat=chat)
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What ends an answer, beside the model's own end of it."""
+        return stops(self.shots[: self.way.shots])
 
     def described(self) -> dict[str, Any]:
         """Return it as an object for JSON."""
@@ -147,35 +156,60 @@ def check_apart(validation: Sequence[Row], test: Sequence[Row]) -> None:
 
 
 def choose(
-    search: Search, measure: Callable[[Sequence[Row]], dict[str, Measured]], *, chat: bool,
+    search: Search, measure: Callable[[Sequence[Row], tuple[str, ...]], dict[str, Measured]], *, chat: bool,
     shots: Sequence[Row] | None = None, say: Callable[[str], None] = lambda line: None,
 ) -> Chosen:  # fmt: skip
     """Try each way on the validation rows and return the best.
 
     Args:
         search: the ways and the rows.
-        measure: asks rows and returns metrics by name, the one that counts first in front; those of which more is
-            neither good nor bad do not count.
+        measure: asks rows, whose answers end before some strings too, and returns metrics by name, the one that counts
+            first in front; those of which more is neither good nor bad do not count.
         chat: the tokenizer has a chat template.
         shots: rows to show with their answers; None takes them from the search's, which are not asked then.
-        say: receives a line for each way.
+        say: receives a line for each way. One whose examples are too long for the model is left out.
+
+    Raises ConfigError where no metric counts, DataError where no row is left to ask, and what `measure` raises.
     """
     if not search.rows:
         return Chosen(search.ways[0])
     if shots is None:
         shots = examples(search.rows, max(way.shots for way in search.ways))
-    rows = [row for row in search.rows if row not in shots]
-    tried, scores = [], []
+    shown = {_key(row) for row in shots}
+    rows = [row for row in search.rows if _key(row) not in shown]
+    if not rows:
+        raise DataError("every validation row asks what one of the examples asks; give more that differ")
+    tried: dict[str, dict[str, float]] = {}
+    scores: list[tuple[list[float], Way]] = []
     for way in search.ways:
-        found = measure([reworded(row, way, shots[: way.shots], chat=chat) for row in rows])
+        examples_of = shots[: way.shots]
+        try:
+            found = measure([reworded(row, way, examples_of, chat=chat) for row in rows], stops(examples_of))
+        except DataError as error:
+            if not way.shots:
+                raise
+            tried[way.title] = {}
+            say(f"  {way.title}: left out ({error})")
+            continue
         counting = {name: metric for name, metric in found.items() if metric.better}
+        if not counting:
+            raise ConfigError(f"{', '.join(found)}: more is neither good nor bad; add a metric to choose a prompt by")
         values = {name: metric.statistics.value for name, metric in counting.items()}
-        scores.append([value * (1 if counting[name].better == "higher" else -1) for name, value in values.items()])
-        tried.append((way.title, values))
+        signed = [value * (1 if counting[name].better == "higher" else -1) for name, value in values.items()]
+        scores.append((signed, way))
+        tried[way.title] = values
         name, value = next(iter(values.items()))
         say(f"  {way.title}: {name} {value:.4g}")
-    best = scores.index(max(scores))
-    return Chosen(search.ways[best], tuple(shots), tuple(tried), len(rows))
+    if not scores:
+        raise DataError("the examples of every way are too long for the model; give a way with fewer")
+    best = max(scores, key=lambda one: one[0])[1]  # of equals the first
+    return Chosen(best, tuple(shots), tuple(tried.items()), len(rows))
+
+
+def stops(shots: Sequence[Row]) -> tuple[str, ...]:
+    """Return what ends an answer after these examples: of texts the gap, unless an answer has one within."""
+    texts = [answer for prompt, answer in map(question_of, shots) if isinstance(prompt, str)]
+    return (GAP,) if texts and not any(GAP in answer.strip() for answer in texts) else ()
 
 
 def examples(rows: Sequence[Row], count: int) -> list[Row]:
@@ -227,7 +261,7 @@ def _turns(prompt: Sequence[dict[str, str]], way: Way, shots: Sequence[Row]) -> 
 
 def _text(prompt: str, way: Way, shots: Sequence[Row]) -> str:
     parts = [f"{way.user.replace(MARK, _last(shot).rstrip())} {question_of(shot)[1].strip()}" for shot in shots]
-    return "\n\n".join([*[way.system] * bool(way.system), *parts, way.user.replace(MARK, prompt)])
+    return GAP.join([*[way.system] * bool(way.system), *parts, way.user.replace(MARK, prompt)])
 
 
 def _last(row: Row) -> str:
@@ -236,7 +270,8 @@ def _last(row: Row) -> str:
 
 
 def _key(row: Row) -> str:
-    """Return what a row asks, by which two are told to be the same, whatever the system message."""
+    """Return what a row asks, and offers, by which two are told to be the same, whatever the system message."""
     prompt = question_of(row)[0]
     turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt if turn["role"] != "system"]
-    return json.dumps([normalise(turn) for turn in turns])
+    offered = row.choices if isinstance(row, Question) else ()
+    return json.dumps([[normalise(turn) for turn in turns], sorted(offered)])

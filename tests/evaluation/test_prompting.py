@@ -19,6 +19,7 @@ from minitune.evaluation.prompting import (
     read_ways,
     reworded,
     search_of,
+    stops,
 )
 from minitune.evaluation.scores import Measured, mean_of, share
 
@@ -71,7 +72,7 @@ def test_the_best_way_on_the_validation_rows_is_chosen_and_its_examples_are_not_
     ways = (Way("plain"), Way("good", "good {}", None, 2), Way("also", "good {}"), Way("long", "good {}", None, 4))
     seen = []
 
-    def measure(rows):
+    def measure(rows, stop):
         seen.append([row.origin for row in rows])
         asked = [row.prompt[-1]["content"].startswith("good") for row in rows]
         return {"length": Measured(mean_of([9.0] * len(rows)), better=None), "accuracy": share(asked)}
@@ -91,11 +92,45 @@ def test_the_best_way_on_the_validation_rows_is_chosen_and_its_examples_are_not_
     assert json.loads(json.dumps(chosen.described()))["validation_rows"] == 2
 
 
+def test_an_answer_after_examples_in_a_text_ends_where_the_next_one_would_begin():
+    shots = [LabelledPrompt("Text 2:", "even", "r:2", True), LabelledPrompt("Text 3:", "odd", "r:3", True)]
+    rows = [LabelledPrompt(f"Text {n}:", "odd", f"r:{n}", True) for n in (5, 7)]
+    seen = []
+
+    def measure(rows, stop):
+        seen.append(stop)
+        return {"accuracy": share([bool(stop)] * len(rows))}
+
+    search = Search((Way("plain"), Way("shown", shots=2)), tuple(rows))
+    chosen = choose(search, measure, chat=True, shots=shots)
+    assert seen == [(), ("\n\n",)] and chosen.stop == ("\n\n",)
+    assert stops([labelled(1)]) == () == Chosen(Way("plain"), tuple(shots)).stop  # chats have turns, none has examples
+    assert stops([Record("r", "", prompt="a", completion="one\n\ntwo")]) == ()  # it is part of answers here
+
+
+def test_ways_that_do_not_fit_are_left_out_and_examples_are_not_asked_again():
+    def measure(rows, stop):
+        if len(rows[0].prompt) > 4:
+            raise DataError("prompt 1 has 9 tokens")
+        return {"accuracy": share([True] * len(rows))}
+
+    said, ways = [], (Way("long", shots=2), Way("short"))
+    rows = (labelled(1), labelled(2), labelled(1, system="Again."), labelled(4))
+    chosen = choose(Search(ways, rows), measure, chat=True, say=said.append)
+    assert chosen.way.name == "short" and chosen.rows == 1  # the third asks what the first one shows
+    assert said[0] == "  long, 2 examples: left out (prompt 1 has 9 tokens)"
+    assert dict(chosen.tried)["long, 2 examples"] == {}
+    with pytest.raises(DataError, match="every validation row asks what one of the examples asks"):
+        choose(Search(ways, rows[:3]), measure, chat=True)
+    with pytest.raises(ConfigError, match="length: more is neither good nor bad"):
+        choose(Search((Way("a"),), rows), lambda *_: {"length": Measured(mean_of([1.0]), better=None)}, chat=True)
+
+
 def test_metrics_that_should_be_low_count_as_such_and_ties_go_to_the_next():
     ways = (Way("a"), Way("b", "b{}"), Way("c", "c{}"))
     scores = {"T": (1.0, 3.0), "b": (1.0, 2.0), "c": (0.0, 9.0)}
 
-    def measure(rows):
+    def measure(rows, stop):
         first, loss = scores[rows[0].prompt[-1]["content"][0]]
         return {"first": Measured(mean_of([first])), "loss": Measured(mean_of([loss]), better="lower")}
 

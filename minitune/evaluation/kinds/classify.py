@@ -33,7 +33,7 @@ def read(config: Any) -> Prompted:
 
 def measure(model: Any, tokenizer: Any, task: Prompted, config: Any) -> tuple[dict[str, Any], dict[str, Measured]]:
     """Return the fields of a Classification and the metrics that are compared."""
-    options = {"max_new_tokens": config.max_new_tokens or 16, "batch_size": config.batch_size or 32}
+    options = {"max_new_tokens": config.max_new_tokens or 16, "batch_size": config.batch_size or 32, "stop": task.stop}
     with progress(len(task.rows), "classify", "rows") as update:
         predicted = ask_labels(model, tokenizer, task.rows, task.about, on_batch=update, **options)
     expected = [row.label for row in task.rows]

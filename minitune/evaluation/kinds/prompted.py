@@ -11,12 +11,16 @@ from minitune.evaluation.sets import provenance
 
 @dataclass(frozen=True)
 class Prompted:
-    """The rows of a kind, what else it knows of them (`about`), how to ask the base, and where the rows come from."""
+    """The rows of a kind, what else it knows of them (`about`), how to ask the base, and where the rows come from.
+
+    `stop` ends an answer before these strings, which examples in a text ask for.
+    """
 
     rows: tuple[Row, ...]
     about: Any
     search: Search | None
     data: dict[str, str]
+    stop: tuple[str, ...] = ()
 
 
 def prompted(
@@ -29,7 +33,10 @@ def prompted(
     """
     rows = tuple(rows[: config.max_rows])
     validation = read(config.validation) if config.validation else ()
-    return Prompted(rows, about, search_of(config.base_prompts, validation, rows, labels), provenance(path))
+    search = search_of(config.base_prompts, validation, rows, labels)
+    if search is not None and config.max_rows is not None:  # beside those that examples are taken from
+        search = replace(search, rows=search.rows[: config.max_rows + max(way.shots for way in search.ways)])
+    return Prompted(rows, about, search, provenance(path))
 
 
 def measure_best(
@@ -39,11 +46,12 @@ def measure_best(
     if task.search is None:
         return measure(model, tokenizer, task, config)
     chat = tokenizer.chat_template is not None
-    chosen = choose(
-        task.search, lambda rows: measure(model, tokenizer, replace(task, rows=rows), config)[1], chat=chat, say=print
-    )
-    asked = tuple(chosen.ask(row, chat=chat) for row in task.rows)
-    counts, metrics = measure(model, tokenizer, replace(task, rows=asked), config)
+
+    def measured(rows: Sequence[Row], stop: tuple[str, ...]) -> tuple[dict, dict]:
+        return measure(model, tokenizer, replace(task, rows=tuple(rows), stop=stop), config)
+
+    chosen = choose(task.search, lambda *asked: measured(*asked)[1], chat=chat, say=print)
+    counts, metrics = measured([chosen.ask(row, chat=chat) for row in task.rows], chosen.stop)
     return counts | {"prompt": chosen.described()}, metrics
 
 

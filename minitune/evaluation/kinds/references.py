@@ -24,7 +24,7 @@ def measure(model: Any, tokenizer: Any, task: Prompted, config: Any) -> tuple[di
     """Return counts of the answers, and the metrics."""
     asked = replace(task.about, rows=task.rows)
     counts, measured = {"rows": len(asked.rows)}, {}
-    options = {"max_new_tokens": config.max_new_tokens or 256, "batch_size": config.batch_size or 32}
+    options = {"max_new_tokens": config.max_new_tokens or 256, "batch_size": config.batch_size or 32, "stop": task.stop}
     if asked.asks:
         with progress(len(asked.rows), "answer", "rows") as update:
             answers = references.ask(model, tokenizer, asked.rows, on_batch=update, **options)
