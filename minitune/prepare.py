@@ -158,7 +158,8 @@ def curate(config: PrepareConfig, tokenizer: Any, kind: "Kind") -> "Prepared":
     from minitune.evaluation.sets import is_set, rows_of
 
     folder = Path(config.output)
-    check_output(folder, [*config.files, *config.files_of("rehearsal"), *config.files_of("safety")], config.overwrite)
+    read = [*config.files, *(file for name in _READ for file in config.files_of(name)), config.golden or ""]
+    check_output(folder, read, config.overwrite)
 
     def count_targets(rows: Sequence["Row"]) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -238,6 +239,7 @@ def conclusion(config: PrepareConfig, report: "Report", kind: "Kind", prepared: 
     return given | {"next": shlex.join(command) if sound else "", "options": options}
 
 
+_READ = ("rehearsal", "safety", "evaluation_sets")  # options that name files
 _OBJECTIVE = {"pairs": "dpo", "judged": "kto"}
 
 

@@ -108,6 +108,24 @@ def test_golden_rows_are_nowhere_else_not_even_nearly(prepare):
     assert lines("out/removed.jsonl")[0]["row"]["output"] == "b"
 
 
+def test_what_is_of_a_golden_rows_group_is_nowhere_else(prepare):
+    save("named.jsonl", [{"prompt": ROWS[i]["instruction"]} for i in (5, 31)])
+    prepare("--output", "out", "--golden", "named.jsonl", "--group", "book")
+    assert [row["id"] for row in lines("out/golden.jsonl")] == ["rows.jsonl:6", "rows.jsonl:32"]
+    books = {row["book"] for name in ("train", "validation", "test") for row in lines(f"out/{name}.jsonl")}
+    assert books == {1, 2, 4, 5, 6, 7, 8, 9}
+    reasons = {row["origin"]: row["reason"] for row in lines("out/removed.jsonl")}
+    assert len(reasons) == 18 and reasons["rows.jsonl:31"] == "has the book of a golden row: rows.jsonl:32"
+    judged = [
+        {"prompt": f"Number {i}, is it even?", "completion": "yes", "label": i % 2 == 0, "book": i // 10}
+        for i in range(100)
+    ]
+    save("judged.jsonl", judged)
+    prepare("--output", "judged", "--golden", "5", "--group", "book", files=("judged.jsonl",))
+    golden = {int(row["id"].partition(":")[2]) // 10 for row in lines("judged/golden.jsonl")}
+    assert not golden & {row["book"] for row in lines("judged/train.jsonl")}
+
+
 def test_golden_rows_of_groups_are_whole_groups(prepare):
     prepare("--output", "out", "--golden", "20", "--group", "book", "--exact_sizes")
     books = [ROWS[int(row["id"].partition(":")[2]) - 1]["book"] for row in lines("out/golden.jsonl")]
@@ -374,6 +392,13 @@ def test_what_is_there_stays(prepare):
     ):
         with pytest.raises(MinituneError, match=expected):
             prepare("--output", folder, *(["--overwrite"] * (file != "rows.jsonl")), files=(file,))
+    for option in (
+        ["--golden", "out/test.jsonl"],
+        ["--evaluation_sets", "out/test.jsonl"],
+        ["--evaluation_sets", "out"],
+    ):
+        with pytest.raises(MinituneError, match=f"output out holds {option[1]}, which is read"):
+            prepare(*OUT, "--overwrite", *option)
     Path("out/notes.txt").write_text("mine")
     with pytest.raises(MinituneError, match=r"holds something else \(notes.txt\)"):
         prepare(*OUT, "--overwrite")

@@ -24,7 +24,8 @@ def take_golden(
     """Return the golden rows, those that leave because they ask the same (each with its reason), and the others.
 
     `wanted` is a number of rows or a file of questions (`data.prompts` says of which shapes). With `group`, whole
-    groups are taken, so that the number is met as nearly as they allow.
+    groups are taken, so that the number is met as nearly as they allow; what else is of a group of theirs (rows that
+    the file does not name, answers judged bad) leaves.
     Raises ConfigError for a number that is not below the rows there are, DataError for a question that no row asks.
     """
     usable = [row for row in rows if getattr(row.record, "desirable", None) is not False]
@@ -39,11 +40,17 @@ def take_golden(
     golden = [row for row in chosen if asked[question_key(row.record)] is row]
     kept, twins = [], []
     taken = {id(row) for row in golden}
-    for row in rows:
-        if (twin := asked.get(question_key(row.record))) is None:
-            kept.append(row)
-        elif id(row) not in taken:
+    groups = [""] * len(rows) if group is None else field_values(rows, group, "group")
+    first = {of: row for of, row in reversed(list(zip(groups, rows, strict=True))) if of and id(row) in taken}
+    for row, of in zip(rows, groups, strict=True):
+        if id(row) in taken:
+            continue
+        if twin := asked.get(question_key(row.record)):
             twins.append((row, f"asks what a golden row asks: {twin.origin}"))
+        elif twin := first.get(of):
+            twins.append((row, f"has the {group} of a golden row: {twin.origin}"))
+        else:
+            kept.append(row)
     return golden, twins, kept
 
 

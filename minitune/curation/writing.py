@@ -33,7 +33,8 @@ def check_output(folder: Path, files: Sequence[str], overwrite: bool) -> None:
     if foreign:
         raise ConfigError(f"output {folder} holds something else ({foreign[0]}); name another folder")
     for file in files:
-        if folder.is_dir() and Path(file).parent.resolve() == folder.resolve():
+        places = (Path(file).resolve(), Path(file).parent.resolve())
+        if folder.is_dir() and Path(file).exists() and folder.resolve() in places:
             raise ConfigError(f"output {folder} holds {file}, which is read; name another folder")
     if names and not overwrite:
         raise ConfigError(f"output {folder} holds prepared data already; name another folder, or add --overwrite")
