@@ -91,10 +91,17 @@ def _is_mixed(text: str) -> bool:
     return all(re.search(part, text[3:]) for part in ("[a-z]", "[A-Z]", r"\d"))
 
 
+def _is_called(text: str) -> bool:
+    """Tell whether digits after a word such as "call" are no date and no years: "call me on 12/10/2023"."""
+    return _is_phone(text) and not _DATE.fullmatch(text)
+
+
 def _any(_: str) -> bool:
     return True
 
 
+_YEAR = r"(?:1[89]|20)\d\d"
+_DATE = re.compile(rf"\d\d?([./-])\d\d?\1(?:\d\d|{_YEAR})|{_YEAR}([./-])\d\d?\2\d\d?|{_YEAR}(?:[ /-]{_YEAR})+")
 _GROUPS = r"\d{2,5}(?:[ .\-/]\d{2,5}){1,4}"
 _CHECKS: list[tuple[str, str, Callable[[str], bool]]] = [  # in order: what an earlier one takes is not looked at again
     ("key", r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", _any),
@@ -117,7 +124,7 @@ _CHECKS: list[tuple[str, str, Callable[[str], bool]]] = [  # in order: what an e
      r"|0\d{2,4}[-/] ?\d{5,8})(?![\w-]|[.,]\d| \d)", _is_phone),
     ("phone", r"(?i:\b(?:phone|telephone|tel|mobile|cell|fax|call|whatsapp|reach me)\b[^\w\n]{0,3}"
      rf"(?:(?:us|me|him|her|them|at|on|is|no|number)\b[^\w\n]{{0,3}}){{0,3}})"
-     rf"(?P<value>\(?{_GROUPS}|\d{{7,12}})(?![\w-]|[.,]\d)", _is_phone),
+     rf"(?P<value>\(?{_GROUPS}|\d{{7,12}})(?![\w-]|[.,]\d)", _is_called),
 ]  # fmt: skip
 _PATTERNS = [(kind, re.compile(pattern), check) for kind, pattern, check in _CHECKS]
 _WORTH = re.compile(r"@|\d[\d .()/\-]{6}|\w{16}|-----BEGIN|eyJ|sk-|xox")  # every match has one of these

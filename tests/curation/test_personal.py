@@ -61,7 +61,8 @@ LOOK_ALIKES = [
     "1 2 3 4 5 6 7 8 9 10", "0000000000", "111-111-1111", "192-168-1000", "call 911", "call me at 5 or 6",
     "phone 12 and 13", "for i in range(1000000000):", "0x7fffffff", "+1 for this idea", "a+12345",
     "2021 2022 2023 2024", "score 10-12-14", "chapter 020 of 100", "$1 000 000 and €2.500.000", "007 is back",
-    "1e-0712345", "-0123456",
+    "1e-0712345", "-0123456", "call me on 12/10/2023", "Call us on 2023-12-10 at noon", "mobile 2019-2020",
+    "the call of 1914-1918", "fax 2020/2021 models", "call me on 12.10.23",
 ]  # fmt: skip
 
 
