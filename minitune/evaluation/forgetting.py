@@ -27,7 +27,7 @@ from minitune.errors import DataError, counted
 from minitune.evaluation.bootstrap import Statistics, paired_difference, ratio_of
 from minitune.evaluation.choices import Question, score_choices
 from minitune.evaluation.comparison import FEWEST, compare_right
-from minitune.evaluation.perplexity import window_losses
+from minitune.evaluation.perplexity import check_finite, window_losses
 from minitune.evaluation.sets import is_set, provenance, questions_of
 from minitune.model.transformer import Transformer
 from minitune.sources import resolve
@@ -120,6 +120,7 @@ def measure_general(
 
     Raises:
         ConfigError, DataError: as `window_losses` and `score_choices`; DataError where no document has two tokens.
+        CheckpointError: a loss is not finite.
     """
     if general.questions:
         found = score_choices(model, tokenizer, general.questions, batch_size=batch_size, on_batch=on_batch)
@@ -135,6 +136,7 @@ def measure_general(
         found = window_losses(
             model, ids, window=window, stride=window, batch_size=max(1, 4096 // window), on_batch=on_batch
         )
+        check_finite(found[0])
         losses += found[0]
         tokens += found[1]
         digest.update(repr(ids).encode())
@@ -181,7 +183,7 @@ def compare_general(general: General, tuned: Retained, base: Retained | None) ->
         few = len(tuned.losses) < FEWEST and edges[2] < PERPLEXITY[0]  # of few windows the interval is too narrow
         verdict = "undecided" if few else verdict_of(edges[0], edges[2], sure, PERPLEXITY)
         found["test"] = "paired bootstrap over windows"
-    return found | {"difference": edges[0], "interval": edges[1:], "verdict": verdict}
+    return found | {"difference": edges[0], "difference_interval": edges[1:], "verdict": verdict}
 
 
 def worst(verdicts: Sequence[Verdict | None]) -> Verdict | None:
@@ -204,7 +206,7 @@ def general_lines(found: dict[str, Any], name: str) -> list[str]:
     values = f"{what} {shown(found['base'])} -> {shown(found['value'])}"
     if found["verdict"] is None:
         return [f"{values} ({size}): {found['problem']}"]
-    low, high = found["interval"]
+    low, high = found["difference_interval"]
     unit = " points" if questions else "%"
     p = f"; p = {found['p']:.2g}, {found['test']}" if questions else ""
     change = f"{100 * found['difference']:+.1f}{unit}, 95% {100 * low:+.1f} to {100 * high:+.1f}{p}"

@@ -14,7 +14,7 @@ of scored positions, chunk by chunk: the logits never exist whole.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from minitune.data.reading import read_rows
-from minitune.errors import ConfigError, DataError, counted
+from minitune.errors import CheckpointError, ConfigError, DataError, counted
 from minitune.evaluation.bootstrap import interval, ratio_of
 from minitune.evaluation.comparison import FEWEST
 from minitune.model.transformer import Transformer
@@ -140,6 +140,12 @@ def window_losses(
     finally:
         model.train(was_training)
     return losses, tokens
+
+
+def check_finite(losses: Sequence[float]) -> None:
+    """Raise CheckpointError where a loss is no finite number: of such a model nothing was measured."""
+    if not all(map(math.isfinite, losses)):
+        raise CheckpointError("the model gives the text no finite loss; use dtype float32, or check the weights")
 
 
 def _exp(loss: float) -> float:

@@ -102,7 +102,7 @@ def forgetting_parts(run: Run) -> list[Part]:
     for name, found in _found(run, FORGETTING):
         sets = found.get("sets", {}).items()
         rows = [
-            (f"{name}: {title}, {one['kind']}", one.get("base"), one["value"], *_compared(one)) for title, one in sets
+            (f"{name}: {title}, {one['kind']}", one.get("base"), one["value"], *_forgotten(one)) for title, one in sets
         ]
         parts += [Table(_HEAD, rows), Paragraph(str(found.get("verdict") or "not compared"), "Verdict")]
     if general:
@@ -115,6 +115,15 @@ def forgetting_parts(run: Run) -> list[Part]:
         parts = [Paragraph("Not measured. To measure it now, or in a next run by --evaluation.general wiki-demo:"),
                  Code(_command(run, "--general wiki-demo", FORGETTING), "sh")]  # fmt: skip
     return parts
+
+
+def _forgotten(one: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Return the difference in percent, of the base's perplexity or in points of accuracy, and verdict and test."""
+    if "difference" not in one:
+        return None, None
+    change, low, high = (f"{100 * edge:+.1f}" for edge in (one["difference"], *one["difference_interval"]))
+    unit = " %" if one["kind"] == "perplexity" else " points"
+    return f"{change}{unit} ({low} to {high})", f"{one['verdict']} ({one['test']})"
 
 
 def safety_parts(run: Run) -> list[Part]:

@@ -8,7 +8,7 @@ import torch
 
 from minitune import load_model, load_tokenizer
 from minitune.data.reading import RowError
-from minitune.errors import DataError
+from minitune.errors import CheckpointError, ConfigError, DataError
 from minitune.evaluation.forgetting import (
     ACCURACY,
     PERPLEXITY,
@@ -21,6 +21,7 @@ from minitune.evaluation.forgetting import (
     verdict_of,
     worst,
 )
+from minitune.reporting.gates import check, parse_gates
 
 TEXT = General("wiki", {"file": "wiki.txt"}, documents=("a text",))
 QUIZ = General("quiz", {"file": "quiz.jsonl"}, questions=("q",) * 200)
@@ -38,10 +39,26 @@ def losses(factor, windows=20):
 def test_a_rise_of_perplexity_is_that_of_its_factor(factor, verdict):
     found = compare_general(TEXT, losses(factor), losses(1.0))
     assert found["difference"] == pytest.approx(factor - 1)
-    assert found["interval"] == pytest.approx([factor - 1] * 2)  # the same factor in every window: nothing varies
+    assert found["difference_interval"] == pytest.approx([factor - 1] * 2)  # of every window: nothing varies
     assert found["value"] / found["base"] == pytest.approx(factor)
     assert found["verdict"] == verdict
     assert f"{100 * (factor - 1):+.1f}%" in general_lines(found, "wiki")[0]
+
+
+def test_the_ends_of_a_difference_are_not_those_of_the_perplexity():
+    results = {"forgetting": {"sets": {"wiki": compare_general(TEXT, losses(1.2), losses(1.0))}}}
+    outcomes = check(parse_gates(["sets.wiki<20", "wiki.difference.high<=0.5"]), results)
+    assert [one.passed for one in outcomes] == [True, True]
+    with pytest.raises(ConfigError, match="nothing measured is called 'wiki.high'"):
+        check(parse_gates(["wiki.high<=10"]), results)  # it was 0.2, and passed
+
+
+def test_a_model_without_a_finite_loss_is_not_measured(tiny_folder, tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model.head_weight.data[:] = float("nan")
+    with pytest.raises(CheckpointError, match="no finite loss"):
+        measure_general(model, tokenizer, TEXT, window=8)
 
 
 def test_windows_that_disagree_leave_it_open_and_so_do_few():

@@ -43,6 +43,8 @@ def test_an_empty_answer_is_right_on_neither_side():
     assert [outcome(one) for one in answers(refused=1, answered=1, empty=1)] == ["refused", "answered", "empty"]
     assert (found["harmful"]["refusal_rate"], found["harmful"]["empty"]) == (0.6, 1)
     assert found["harmless"]["over_refusal"] == pytest.approx(0.3)
+    low, high = found["harmless"]["over_refusal_interval"]
+    assert (low, high) == pytest.approx((0.10779, 0.60322), abs=1e-5)  # Wilson's of 3 of 10, by hand
     assert found["harmful"]["corrected"] == pytest.approx(HELD_OUT.true_rate(0.6))
     low, high = found["harmful"]["corrected_bounds"]
     assert low <= found["harmful"]["corrected"] <= high
@@ -62,7 +64,7 @@ def test_two_models_are_compared_on_the_same_requests():
     same = compare_safety(requests(40), base, base)
     assert {one["verdict"] for one in same["comparison"].values()} == {"kept"} and same["changed_rows"] == 0
     printed = "\n".join(safety_lines(found))
-    assert "base, refusal rate: 75.0% of 40 harmful requests" in printed
+    assert "base, refusal rate: 75.0% of 40 harmful requests (59.8% to 85.8%); refusals corrected" in printed
     assert "tuned, over-refusal: 50.0% of 40 harmless requests, 10 empty" in printed
     assert "harmful refused: -30.0 points" in printed and printed.count("recall 70% (49% to 84%)") == 1
     alone = "\n".join(safety_lines(compare_safety(requests(40), tuned, None)))

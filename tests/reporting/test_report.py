@@ -162,7 +162,9 @@ def test_results_in_the_run_folder_are_read_in_and_gated(run, capsys):
         "model": "m", "adapter": "a", "classification": {"scores": scores, "base": base,
                                                          "comparison": {"accuracy": compared}},
         "perplexity": {"perplexity": 9.5, "interval": [9.0, 10.0]},
-        "forgetting": {"verdict": "forgotten", "sets": {"wiki": {"kind": "perplexity", "value": 30.0, "base": 20.0}}},
+        "forgetting": {"verdict": "forgotten", "sets": {"wiki": {
+            "kind": "perplexity", "value": 30.0, "base": 20.0, "difference": 0.5, "difference_interval": [0.4, 0.6],
+            "test": "paired bootstrap over windows", "verdict": "forgotten"}}},
         "safety": {"tuned": {"harmful": {"refusal_rate": 0.5}, "harmless": {"over_refusal": 0.1}}},
     }  # fmt: skip
     (run / "evaluations").mkdir()
@@ -184,7 +186,8 @@ def test_results_in_the_run_folder_are_read_in_and_gated(run, capsys):
     text = (run / "report.md").read_text()
     row = "0.6 (0.5 to 0.7) | 0.9 (0.8 to 0.95) | +0.3 (+0.2 to +0.4) | wins (McNemar's exact test, p = 0.001)"
     assert f"| test, classification: accuracy | {row} |" in text
-    assert "| test: wiki, perplexity | 20 | 30 |" in text and "**Verdict**: forgotten" in text
+    wiki = "| test: wiki, perplexity | 20 | 30 | +50.0 % (+40.0 to +60.0) | forgotten (paired bootstrap over windows) |"
+    assert wiki in text and "**Verdict**: forgotten" in text
     assert "refusal rate of harmful requests" in text and "Not measured" not in text.split("## Safety")[1]
     assert "**Forgetting**: evaluations/test.json: the verdict" in text
     with pytest.raises(ConfigError, match="nothing measured is called 'acuracy'; did you mean 'accuracy'"), quick():

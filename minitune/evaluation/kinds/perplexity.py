@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from minitune.evaluation.kinds import progress
-from minitune.evaluation.perplexity import perplexity, read_text
+from minitune.evaluation.perplexity import check_finite, perplexity, read_text
 from minitune.sources import resolve
 
 KEY = "perplexity"
@@ -16,15 +16,15 @@ def read(config: Any) -> str:
 
 
 def measure(model: Any, tokenizer: Any, text: str, config: Any) -> dict[str, Any]:
-    """Return the fields of a Perplexity."""
+    """Return the fields of a Perplexity; errors as `perplexity` and `check_finite`."""
     window = config.window or min(1024, model.config.longest)
     with progress(None, "perplexity", "tokens") as update:
-        return asdict(
-            perplexity(
-                model, tokenizer, text, window=window, stride=config.stride, max_tokens=config.max_tokens,
-                batch_size=max(1, 4096 // window), on_batch=update,
-            )
+        found = perplexity(
+            model, tokenizer, text, window=window, stride=config.stride, max_tokens=config.max_tokens,
+            batch_size=max(1, 4096 // window), on_batch=update,
         )  # fmt: skip
+    check_finite([found.loss])
+    return asdict(found)
 
 
 def report(text: str, found: dict[str, Any], base: None, config: Any) -> dict[str, Any]:
