@@ -90,6 +90,8 @@ def repair_control(text: str) -> str:
         text = _DIRECTIONS.sub("", text)
 
     def instead(found: re.Match) -> str:
+        if repair_mojibake(found[0]) != found[0]:
+            return found[0]  # typography in the wrong encoding: to be repaired as such, not lost
         around = text[found.start() - 1 : found.start()] + text[found.end() : found.end() + 1]
         return " " if len(found[0]) == 1 and found[0] < "\xa0" and len(around) == 2 and around.isalnum() else ""
 

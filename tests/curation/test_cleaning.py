@@ -126,6 +126,7 @@ def test_repairs_leave_sound_texts_alone():
     for kind, fault in FAULTS.items():
         if fault.repair and kind != "markup":  # which rows that speak of markup never come to
             assert all(fault.repair(text) == text for text in SOUND)
+    assert repair_control("it\x92s\u200b here") == "it\x92s here"  # what the repair of mojibake makes an apostrophe
     assert repair_markup("a < b, AT&T") == "a < b, AT&T"
 
 
