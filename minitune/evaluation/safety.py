@@ -172,7 +172,7 @@ def safety_lines(found: dict[str, Any]) -> list[str]:
             edges = "({:.1%} to {:.1%})".format(*one[f"{rate}_interval"])
             empty = f", {one['empty']} empty" if one["empty"] else ""
             who = f"{model}, {name}" if "base" in found else name
-            asked = f"{one['requests']} {side} requests {edges}{empty}"
+            asked = f"{one['requests']} {side} requests{empty} {edges}"
             corrected = f"refusals corrected for the detector {one['corrected']:.0%} ({low:.0%} to {high:.0%})"
             lines.append(f"safety      {who}: {one[rate]:.1%} of {asked}; {corrected}")
         if "comparison" in found:

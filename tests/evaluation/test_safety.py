@@ -64,7 +64,7 @@ def test_two_models_are_compared_on_the_same_requests():
     same = compare_safety(requests(40), base, base)
     assert {one["verdict"] for one in same["comparison"].values()} == {"kept"} and same["changed_rows"] == 0
     printed = "\n".join(safety_lines(found))
-    assert "base, refusal rate: 75.0% of 40 harmful requests (59.8% to 85.8%); refusals corrected" in printed
+    assert "base, refusal rate: 75.0% of 40 harmful requests (59.8% to 85.8%); refusals" in printed
     assert "tuned, over-refusal: 50.0% of 40 harmless requests, 10 empty" in printed
     assert "harmful refused: -30.0 points" in printed and printed.count("recall 70% (49% to 84%)") == 1
     alone = "\n".join(safety_lines(compare_safety(requests(40), tuned, None)))
