@@ -286,6 +286,21 @@ def test_validation_rows_are_as_many_as_asked_for_and_texts_end_after_their_exam
     assert found["accuracy"] == 1.0 and found["prompt"]["shots"] == 4
 
 
+def test_rows_that_are_chats_or_texts_are_asked_as_texts_without_a_chat_template(tiny_folder, tmp_path):
+    bare = tiny_folder(tmp_path / "bare", max_position_embeddings=1024)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    rows = [{"instruction": f"Say {n}.", "output": str(n)} for n in range(16)]
+    for name, part in (("test", rows[:3]), ("validation", rows[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    run(str(bare), "--references", tmp_path / "test.jsonl", "--metrics", "exact_match,chrf", "--max_new_tokens", 2,
+        "--validation", tmp_path / "validation.jsonl", "--output", tmp_path / "out.json")  # fmt: skip
+    asked = json.loads((tmp_path / "out.json").read_text())["references"]["answers"]["prompt"]
+    assert len(asked["tried"]) == 3 and asked["validation_rows"] == 5
+
+
 def test_what_a_training_cost_is_measured_on_the_base_too(tiny, adapter, tmp_path, capsys):
     (tmp_path / "wiki.txt").write_text(TEXT * 8)
     quiz = [{"prompt": f"{n}?", "choices": ["yes", "no"], "answer": n % 2} for n in range(12)]

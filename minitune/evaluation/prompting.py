@@ -248,6 +248,12 @@ def reworded(row: Row, way: Way, shots: Sequence[Row] = (), *, chat: bool) -> Ro
     return replace(row, prompt=asked)
 
 
+def as_text(row: Row) -> Row:
+    """Return a row that is both a chat and a text as the text alone, for a tokenizer without chat template."""
+    both = isinstance(row, Record) and row.messages is not None and row.prompt is not None
+    return replace(row, messages=None) if both else row
+
+
 def _turns(prompt: Sequence[dict[str, str]], way: Way, shots: Sequence[Row]) -> tuple[dict[str, str], ...]:
     own = [turn["content"] for turn in prompt[:1] if turn["role"] == "system"]
     system = own if way.system is None else [way.system] * bool(way.system)

@@ -215,7 +215,7 @@ def score_answers(task: References, answers: Sequence[Answer]) -> dict[str, Meas
     overlaps = [rouge(*pair) for pair in zip(texts, references, strict=True)] if set(KINDS) & {*task.metrics} else []
 
     def ended(test: Callable[[int], bool]) -> Measured:
-        return share([answer.finished and test(row) for row, answer in enumerate(answers)])
+        return share([answer.finished and bool(texts[row]) and test(row) for row, answer in enumerate(answers)])
 
     verifies = bool({*VERIFIED} & {*task.metrics})
     scores = [score_of(task, *pair) for pair in zip(task.rows, answers, strict=True)] if verifies else []

@@ -76,6 +76,7 @@ def test_an_answer_that_was_cut_off_or_is_empty_is_counted_and_never_right(rows)
     assert cut["rouge1"].statistics.value == 1  # its words are compared as far as they go
     empty = answers("", " ", "\n", "")
     assert score_answers(task, empty)["exact_match"].right == (False,) * 4
+    assert score_answers(task, empty)["format"].right == (False,) * 4  # though the pattern takes it
     assert score_answers(task, empty)["rouge1"].statistics.value == 0
     counts = summary([*empty, *answers("a a", "a b", finished=False)])
     assert counts == {"rows": 6, "empty": 4, "cut_off": 2, "distinct_1": 0.5, "distinct_2": 1.0}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minitune.errors import counted
-from minitune.evaluation.prompting import Row, Search, choose, search_of
+from minitune.evaluation.prompting import Row, Search, as_text, choose, search_of
 from minitune.evaluation.sets import provenance
 
 
@@ -45,12 +45,15 @@ def measure_best(
     """Return what `measure` returns for the rows asked in the way that is best for this model, which is "prompt"."""
     if task.search is None:
         return measure(model, tokenizer, task, config)
-    chat = tokenizer.chat_template is not None
+    chat, search = tokenizer.chat_template is not None, task.search
+    if not chat:
+        task = replace(task, rows=tuple(map(as_text, task.rows)))
+        search = replace(search, rows=tuple(map(as_text, search.rows)))
 
     def measured(rows: Sequence[Row], stop: tuple[str, ...]) -> tuple[dict, dict]:
         return measure(model, tokenizer, replace(task, rows=tuple(rows), stop=stop), config)
 
-    chosen = choose(task.search, lambda *asked: measured(*asked)[1], chat=chat, say=print)
+    chosen = choose(search, lambda *asked: measured(*asked)[1], chat=chat, say=print)
     counts, metrics = measured([chosen.ask(row, chat=chat) for row in task.rows], chosen.stop)
     return counts | {"prompt": chosen.described()}, metrics
 
