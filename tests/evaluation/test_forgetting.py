@@ -21,6 +21,7 @@ from minitune.evaluation.forgetting import (
     verdict_of,
     worst,
 )
+from minitune.evaluation.kinds import general
 from minitune.reporting.gates import check, parse_gates
 
 TEXT = General("wiki", {"file": "wiki.txt"}, documents=("a text",))
@@ -51,6 +52,14 @@ def test_the_ends_of_a_difference_are_not_those_of_the_perplexity():
     assert [one.passed for one in outcomes] == [True, True]
     with pytest.raises(ConfigError, match="nothing measured is called 'wiki.high'"):
         check(parse_gates(["wiki.high<=10"]), results)  # it was 0.2, and passed
+
+
+def test_what_could_not_be_compared_is_not_kept():
+    other = Retained((1.0,), (2,), tokens_digest="other")
+    base, right = losses(1.0), Retained(right=(True,) * 200)
+    found = general.report([TEXT, QUIZ], [other, right], [base, right], None)
+    assert [one["verdict"] for one in found["sets"].values()] == [None, "kept"] and found["verdict"] == "undecided"
+    assert general.report([TEXT, QUIZ], [base, right], None, None)["verdict"] is None
 
 
 def test_a_model_without_a_finite_loss_is_not_measured(tiny_folder, tmp_path):

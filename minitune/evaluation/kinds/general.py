@@ -39,7 +39,7 @@ def report(task: list[General], found: list[Retained], base: list[Retained] | No
     """Return {"sets": {name: see `compare_general`}, "verdict": the worst, "bounds": (slight, severe) of each kind}."""
     sides = zip(task, found, base or [None] * len(task), strict=True)
     sets = {general.name: compare_general(general, ours, theirs) for general, ours, theirs in sides}
-    verdict = worst([one.get("verdict") for one in sets.values()])
+    verdict = worst(["undecided" if "problem" in one else one.get("verdict") for one in sets.values()])
     return {"sets": sets, "verdict": verdict, "bounds": {"perplexity": PERPLEXITY, "questions": ACCURACY}}
 
 
