@@ -135,6 +135,17 @@ def test_a_local_judge_by_probabilities_and_by_words(files, roomy, capsys):
     assert "4 of 4 have no verdict" in capsys.readouterr().err
 
 
+def test_a_judge_that_cannot_be_asked_is_refused_before_models_answer(files, tiny_folder, tmp_path, monkeypatch):
+    bare = tiny_folder(tmp_path / "bare")
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    monkeypatch.setattr(evaluate.ModelOptions, "load", lambda _: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match="bare has no chat template, which a judge needs"):
+        run("--judge.prompts", files / "prompts.txt", "--base", "x", "--judge.model", bare)
+
+
 @pytest.mark.parametrize(
     "options, line",
     [

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from minitune.checkpoint.load import load_tokenizer
 from minitune.data.prompts import read_prompts
 from minitune.endpoint import Conversation, Reply
 from minitune.errors import ConfigError
@@ -132,6 +133,8 @@ def check_judge(options: Any) -> None:
     """Refuse a judge or a journal that is not there or none, before models are asked; errors as their readers'."""
     if options.endpoint is None:
         resolve(options.model)
+        if load_tokenizer(options.model, adapter=options.adapters).chat_template is None:
+            raise ConfigError(f"{options.model} has no chat template, which a judge needs; use an instruct model")
     if options.journal is not None:
         read_journal(options.journal)
 
