@@ -9,6 +9,7 @@ import pytest
 
 from minitune.cli import parse
 from minitune.data.formats import read_records
+from minitune.data.splits import split_by_hash
 from minitune.errors import MinituneError
 from minitune.prepare import main
 from minitune.training.config import TrainConfig
@@ -75,6 +76,17 @@ def test_a_folder_is_written_with_every_row_once_and_a_command_to_go_on(prepare,
     assert "train          72 rows (72.0%)" in shown and "training would accept these files" in shown
 
 
+@pytest.mark.parametrize("options", [[], ["--exact_sizes"], ["--weights", "[1,2]"]])
+def test_a_validation_fraction_of_what_is_written_is_one_of_all_its_questions(prepare, options):
+    more = [{"instruction": f"Is {i} a prime?", "output": "no"} for i in range(400)]
+    save("one.jsonl", more[:200])
+    save("two.jsonl", more[200:])
+    prepare("--output", "out", *options, files=("one.jsonl", "two.jsonl"))
+    records = read_records("out/train.jsonl")
+    parts = split_by_hash(records, {"training": 0.8, "validation": 0.2}, 0)
+    assert abs(len(parts["validation"]) / len(records) - 0.2) < 3 * (0.2 * 0.8 / len(records)) ** 0.5
+
+
 def test_a_golden_set_is_what_evaluation_reads(prepare):
     from minitune.evaluation.golden import read_golden
 
@@ -110,7 +122,7 @@ def test_golden_rows_are_nowhere_else_not_even_nearly(prepare):
 
 def test_what_is_of_a_golden_rows_group_is_nowhere_else(prepare):
     save("named.jsonl", [{"prompt": ROWS[i]["instruction"]} for i in (5, 31)])
-    prepare("--output", "out", "--golden", "named.jsonl", "--group", "book")
+    prepare("--output", "out", "--golden", "named.jsonl", "--group", "book", "--exact_sizes")
     assert [row["id"] for row in lines("out/golden.jsonl")] == ["rows.jsonl:6", "rows.jsonl:32"]
     books = {row["book"] for name in ("train", "validation", "test") for row in lines(f"out/{name}.jsonl")}
     assert books == {1, 2, 4, 5, 6, 7, 8, 9}
@@ -121,7 +133,7 @@ def test_what_is_of_a_golden_rows_group_is_nowhere_else(prepare):
         for i in range(100)
     ]
     save("judged.jsonl", judged)
-    prepare("--output", "judged", "--golden", "5", "--group", "book", files=("judged.jsonl",))
+    prepare("--output", "judged", "--golden", "5", "--group", "book", "--exact_sizes", files=("judged.jsonl",))
     golden = {int(row["id"].partition(":")[2]) // 10 for row in lines("judged/golden.jsonl")}
     assert not golden & {row["book"] for row in lines("judged/train.jsonl")}
 

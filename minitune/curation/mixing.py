@@ -53,7 +53,7 @@ def draw(
 
     Raises DataError where there are too few and `shortage` is error, or where no row is near enough.
     """
-    order = sorted(range(len(rows)), key=lambda i: (hash_point(question_key(rows[i].record), seed), i))
+    order = sorted(range(len(rows)), key=lambda i: (hash_point(f"mixture {question_key(rows[i].record)}", seed), i))
     sums = list(itertools.accumulate(measure(rows[i]) for i in order))
     total = sums[-1] if sums else 0
     passes, rest = 0, amount

@@ -26,6 +26,7 @@ from minitune.data.reading import RowError, first_of
 from minitune.data.splits import hash_point, normalise, question_key, split_by_hash
 from minitune.errors import ConfigError, DataError, counted, nearest
 
+PREPARED = "prepare"  # before what is hashed: a validation_fraction of what is written is to be one of all questions
 ANSWER = "answer"  # as a label: what the row answers, whatever its field is called
 
 
@@ -52,6 +53,7 @@ def split_rows(
     Raises ConfigError or DataError where a field is missing or no label, and where a split would be empty.
     """
     keys = [question_key(row.record) for row in rows] if group is None else field_values(rows, group, "group")
+    keys = [f"{PREPARED} {key}" for key in keys]
     if stratify is None and not exact:
         parts = split_by_hash(range(len(rows)), dict(fractions), seed, keys.__getitem__)
     else:
