@@ -33,6 +33,11 @@ class Statistics:
         """The metric on all rows."""
         return self.score(self.rows.sum(0)).item()
 
+    @property
+    def alike(self) -> bool:
+        """Whether all rows add the same: every resample agrees then, and an interval would claim certainty."""
+        return bool((self.rows == self.rows[0]).all())
+
 
 def ratio_of(numerators: Sequence[float], denominators: Sequence[float]) -> Statistics:
     """Return the statistics of sum(numerators) / sum(denominators), a number of each for every row; 0 for 0 / 0."""

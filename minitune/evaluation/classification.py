@@ -52,17 +52,17 @@ class Classification:
     `confusion` has a row per right label and a column per answered label, the last column for any other
     answer, read without case and punctuation; `format_compliance` is the share of answers that are exactly a
     label but for white space around them; `accuracy_interval` is Wilson's 95% interval, those of F1 are by bootstrap
-    over rows; `other_answers` are the most frequent answers that are not exactly a label, with counts; `empty` counts
-    those that said nothing, which are among them.
+    over rows, None where all rows are alike; `other_answers` are the most frequent answers that are not exactly a
+    label, with counts; `empty` counts those that said nothing, which are among them.
     """
 
     rows: int
     accuracy: float
     accuracy_interval: tuple[float, float]
     macro_f1: float
-    macro_f1_interval: tuple[float, float]
+    macro_f1_interval: tuple[float, float] | None
     micro_f1: float
-    micro_f1_interval: tuple[float, float]
+    micro_f1_interval: tuple[float, float] | None
     format_compliance: float
     labels: tuple[str, ...]
     confusion: list[list[int]]
@@ -173,7 +173,8 @@ def summarize(expected: Sequence[str], predicted: Sequence[str], labels: Sequenc
     """Count answers against the right labels and return every metric; a pure function."""
     meant = [_read(answer, labels) for answer in predicted]
     confusion = confusion_matrix(expected, meant, labels)
-    f1 = {average: interval(found) for average, found in f1_statistics(expected, meant, labels).items()}
+    statistics = f1_statistics(expected, meant, labels).items()
+    f1 = {average: None if found.alike else interval(found) for average, found in statistics}
     rows, right = len(expected), sum(row[i] for i, row in enumerate(confusion))
     others = Counter(answer for answer in predicted if answer not in labels)
     exact = rows - others.total()

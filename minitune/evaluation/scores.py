@@ -36,7 +36,7 @@ def numbers(metrics: dict[str, Measured]) -> dict[str, dict[str, Any]]:
     for name, metric in metrics.items():
         if metric.right is not None:
             edges, by = wilson_interval(sum(metric.right), len(metric.right)), "Wilson"
-        elif bool((metric.statistics.rows == metric.statistics.rows[0]).all()):
+        elif metric.statistics.alike:
             edges, by = None, "none: all rows are alike"
         else:
             edges, by = interval(metric.statistics), f"bootstrap, {RESAMPLES:,} resamples of rows"

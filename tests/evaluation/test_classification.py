@@ -74,6 +74,12 @@ def test_marks_that_tell_labels_apart_are_part_of_them(answered, labels, answer,
     assert (*labels, None)[counts.index(1)] == read
 
 
+def test_rows_that_are_all_alike_give_f1_no_interval(answered):
+    answered(*[Answer("positive", 1, True)] * 5)
+    found = classify(None, None, rows(*["positive"] * 5), LABELS)
+    assert (found.micro_f1, found.micro_f1_interval, found.macro_f1_interval) == (1.0, None, None)
+
+
 def test_labels_are_matched_without_white_space_around_them(answered):
     answered(Answer("negative", 2, True))
     assert classify(None, None, rows("negative"), ("positive ", " negative")).accuracy == 1.0

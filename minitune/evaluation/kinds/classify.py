@@ -68,8 +68,9 @@ def _metric_lines(found: dict[str, Any]) -> list[str]:
     lines = [f"rows        {found['rows']}"]
     lines.append(f"accuracy    {found['accuracy']:.1%}  (95% interval {low:.1%} to {high:.1%})")
     for average in ("macro", "micro"):
-        low, high = found[f"{average}_f1_interval"]
-        lines.append(f"{average}-F1    {found[f'{average}_f1']:.3f}  (95% interval {low:.3f} to {high:.3f})")
+        edges = found[f"{average}_f1_interval"]
+        note = "95% interval {:.3f} to {:.3f}".format(*edges) if edges else "no interval: all rows are alike"
+        lines.append(f"{average}-F1    {found[f'{average}_f1']:.3f}  ({note})")
     return [*lines, f"compliance  {found['format_compliance']:.1%}  (answers that are exactly a label)"]
 
 
