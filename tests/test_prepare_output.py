@@ -425,6 +425,22 @@ def test_a_split_that_would_be_empty_is_an_error_that_says_what_helps(prepare):
     assert code == 0 and not Path("out/test.jsonl").exists()
 
 
+def test_empty_lines_before_a_text_are_no_row_of_it(prepare):
+    Path("a.txt").write_text("\n \n\n" + "\n\n".join(f"Paragraph {i} of the text" for i in range(20)))
+    _, shown = prepare(*OUT, "--exact_sizes", files=("a.txt",))
+    assert "a.txt: 20 rows of training" in shown
+    parts = (lines(f"out/{name}.jsonl") for name in ("train", "validation", "test"))
+    assert sum(row["text"].count("Paragraph") for part in parts for row in part) == 20
+
+
+def test_a_field_that_was_renamed_is_told_by_the_names_that_there_are(prepare):
+    save("rows.jsonl", [{"question": f"Is {i} even?", "label": "yes" if i % 2 else "no"} for i in range(40)])
+    with pytest.raises(
+        MinituneError, match=r"no value in the field 'label'; .* for --stratify: it has prompt, completion"
+    ):
+        prepare(*OUT, "--columns", '{"prompt": "question", "completion": "label"}', "--stratify", "label")
+
+
 def test_texts_have_no_answer_to_expect(prepare):
     Path("a.txt").write_text("one\n\ntwo\n\nthree\n")
     with pytest.raises(MinituneError, match="a text has no answer to expect"):

@@ -19,7 +19,7 @@ from minitune.data.preference_formats import FORMATS_OF
 from minitune.data.reading import RowError
 
 _EMPTY_LINE = re.compile(r"\n[^\S\n]*\n")
-_PARAGRAPH = re.compile(r".+?(?:\n[^\S\n]*\n\s*|\Z)", re.DOTALL)
+_PARAGRAPH = re.compile(r"\s*\S.*?(?:\n[^\S\n]*\n\s*|\Z)", re.DOTALL)
 _LINE = re.compile(r"\s*\S[^\n]*(?:\n\s*|\Z)")
 TRAINING, REHEARSAL, SAFETY = "training", "rehearsal", "safety"
 

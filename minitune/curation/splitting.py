@@ -99,7 +99,7 @@ def field_values(rows: Sequence[Row], field: str, option: str) -> list[str]:
     for row in rows:
         value = row.fields.get(field)
         if value is None or value == "":
-            hint = nearest(field, row.fields) if field not in row.fields else ""
+            hint = "" if field in row.fields else nearest(field, row.fields) or f": it has {', '.join(row.fields)}"
             remedy = f"fill it in, or choose another field for --{option}{hint}"
             errors.append(RowError(row.origin, f"no value in the field '{field}'", remedy))
         elif not isinstance(value, str | int | float):
