@@ -286,6 +286,27 @@ def test_validation_rows_are_as_many_as_asked_for_and_texts_end_after_their_exam
     assert found["accuracy"] == 1.0 and found["prompt"]["shots"] == 4
 
 
+def test_a_way_that_a_test_row_is_too_long_for_gives_place_to_the_next_best(tiny, tmp_path, monkeypatch, capsys):
+    from minitune.evaluation import classification
+
+    rows = [{"prompt": f"film {n}" + " long" * 20 * (n == 0), "completion": ("yes", "no")[n % 2]} for n in range(16)]
+    for name, part in (("test", rows[:3]), ("validation", rows[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+
+    def answers(model, tokenizer, prompts, *, stop, **_):
+        if max(map(len, prompts)) > 140 and stop:
+            raise DataError("prompt 1 has 141 tokens")
+        last = [int(prompt.split("film ")[-1].split()[0]) for prompt in prompts]
+        return [Answer(("yes", "no")[n % 2] if stop else "yes", 1, bool(stop) or "Answer" in prompts[0]) for n in last]
+
+    monkeypatch.setattr(classification, "generate_texts", answers)
+    run(tiny, "--classify", tmp_path / "test.jsonl", "--labels", "yes,no", "--output", tmp_path / "out.json",
+        "--validation", tmp_path / "validation.jsonl")  # fmt: skip
+    asked = json.loads((tmp_path / "out.json").read_text())["classification"]["prompt"]
+    assert asked["name"] == "labels named, 0 examples"
+    assert "as the rows ask, 4 examples: not for the test rows (prompt 1 has 141 tokens)" in capsys.readouterr().out
+
+
 def test_rows_that_are_chats_or_texts_are_asked_as_texts_without_a_chat_template(tiny_folder, tmp_path):
     bare = tiny_folder(tmp_path / "bare", max_position_embeddings=1024)
     settings = json.loads((bare / "tokenizer_config.json").read_text())

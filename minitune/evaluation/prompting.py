@@ -66,12 +66,16 @@ class Search:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The way that was chosen, its examples, and what each way that was tried scored on how many validation rows."""
+    """The way that was chosen, its examples, and what each way that was tried scored on how many validation rows.
+
+    `next_best` are the others, best first, for test rows that are too long for the first.
+    """
 
     way: Way
     shots: tuple[Row, ...] = ()
     tried: tuple[tuple[str, dict[str, float]], ...] = ()
     rows: int = 0
+    next_best: tuple[Way, ...] = ()
 
     def ask(self, row: Row, *, chat: bool) -> Row:
         """Return a row asked in this way; `chat`: the tokenizer has a chat template."""
@@ -202,8 +206,8 @@ def choose(
         say(f"  {way.title}: {name} {value:.4g}")
     if not scores:
         raise DataError("the examples of every way are too long for the model; give a way with fewer")
-    best = max(scores, key=lambda one: one[0])[1]  # of equals the first
-    return Chosen(best, tuple(shots), tuple(tried.items()), len(rows))
+    best, *others = (way for _, way in sorted(scores, key=lambda one: one[0], reverse=True))  # of equals the first
+    return Chosen(best, tuple(shots), tuple(tried.items()), len(rows), tuple(others))
 
 
 def stops(shots: Sequence[Row]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minitune.errors import counted
+from minitune.errors import DataError, counted
 from minitune.evaluation.prompting import Row, Search, as_text, choose, search_of
 from minitune.evaluation.sets import provenance
 
@@ -42,7 +42,10 @@ def prompted(
 def measure_best(
     measure: Callable[..., tuple[dict, dict]], model: Any, tokenizer: Any, task: Prompted, config: Any
 ) -> tuple[dict, dict]:
-    """Return what `measure` returns for the rows asked in the way that is best for this model, which is "prompt"."""
+    """Return what `measure` returns for the rows asked in the way that is best for this model, which is "prompt".
+
+    Where examples leave a test row no room, that is the best way that does.
+    """
     if task.search is None:
         return measure(model, tokenizer, task, config)
     chat, search = tokenizer.chat_template is not None, task.search
@@ -54,8 +57,15 @@ def measure_best(
         return measure(model, tokenizer, replace(task, rows=tuple(rows), stop=stop), config)
 
     chosen = choose(search, lambda *asked: measured(*asked)[1], chat=chat, say=print)
-    counts, metrics = measured([chosen.ask(row, chat=chat) for row in task.rows], chosen.stop)
-    return counts | {"prompt": chosen.described()}, metrics
+    while True:
+        try:
+            counts, metrics = measured([chosen.ask(row, chat=chat) for row in task.rows], chosen.stop)
+            return counts | {"prompt": chosen.described()}, metrics
+        except DataError as error:
+            if not chosen.way.shots or not chosen.next_best:
+                raise
+            print(f"  {chosen.way.title}: not for the test rows ({error}); the next best is taken")
+            chosen = replace(chosen, way=chosen.next_best[0], next_best=chosen.next_best[1:])
 
 
 def prompt_lines(kind: str, found: dict[str, Any]) -> list[str]:
