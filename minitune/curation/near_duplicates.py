@@ -54,7 +54,8 @@ def near_duplicates(
     """Return (i, j, J) with j < i for the pairs of texts whose Jaccard similarity is at least `threshold`, in order.
 
     With `groups`, one number for each text, only pairs of different groups. Of more than WINDOW texts that are all
-    alike not every pair is returned, but each has one with an earlier text. Texts without any character have none.
+    alike not every pair is returned, but each has one with an earlier text, and with one of every other group. Texts
+    without any character have none.
     Raises ConfigError for a threshold outside (0, 1] or a shingle below 1.
     """
     if not 0 < threshold <= 1:
@@ -169,7 +170,7 @@ def _candidates(
         key = np.zeros(len(filled), dtype=np.uint64)
         for values in signatures[band * r : (band + 1) * r]:
             key = _mixed(key * _ODD + values)
-        later, earlier = _bucket_pairs(key)
+        later, earlier = _bucket_pairs(key, None if owner is None else owner[filled])
         if owner is not None:
             apart = owner[filled[later]] != owner[filled[earlier]]
             later, earlier = later[apart], earlier[apart]
@@ -181,8 +182,11 @@ def _candidates(
         yield from zip(filled[later[close]].tolist(), filled[earlier[close]].tolist(), strict=True)
 
 
-def _bucket_pairs(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places (later, earlier) with equal key, at most WINDOW apart in their bucket or one its first."""
+def _bucket_pairs(key: np.ndarray, group: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places (later, earlier) with equal key, at most WINDOW apart in their bucket or one its first.
+
+    With groups, of which places are in order, each place also comes with the first one of every group in its bucket.
+    """
     order = np.argsort(key, kind="stable")
     ordered = key[order]
     begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(order)])
@@ -194,7 +198,15 @@ def _bucket_pairs(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         later.append(places)
         earlier.append(places - step)
     far = np.flatnonzero(np.arange(len(order)) - WINDOW > first)
-    later, earlier = (
-        np.concatenate([np.empty(0, np.int64), *parts]) for parts in ([*later, far], [*earlier, first[far]])
-    )
+    later.append(far)
+    earlier.append(first[far])
+    for number in () if group is None else np.unique(group):
+        head = np.full(len(order), len(order))  # of this group, by its bucket's first place; len(order): none
+        own = np.flatnonzero(group[order] == number)
+        np.minimum.at(head, first[own], own)
+        places, heads = np.arange(len(order)), head[first]
+        apart = (heads < len(order)) & (np.abs(places - heads) > WINDOW)
+        later.append(np.maximum(places, heads)[apart])
+        earlier.append(np.minimum(places, heads)[apart])
+    later, earlier = (np.concatenate([np.empty(0, np.int64), *parts]) for parts in (later, earlier))
     return order[later], order[earlier]

@@ -168,3 +168,10 @@ def test_a_hundred_thousand_rows_take_less_than_a_minute_of_one_core():
     seconds = time.process_time() - began
     print(f"{seconds:.1f} s of CPU, {len(found)} of 1,000 planted copies")
     assert seconds < 60 and len(found) >= 999
+
+
+def test_a_text_of_another_group_is_found_by_each_of_many_copies():
+    copy, rest = " ".join(f"w{i}" for i in range(30)), [f"only {i} here {i * i} stands" for i in range(900)]
+    texts, groups = [*[copy] * 90, *rest, copy, copy], [*[0] * 990, 1, 2]
+    found = {(i, j) for i, j, _ in near_duplicates(texts, groups=groups)}
+    assert found == {(991, 990), *((held, i) for held in (990, 991) for i in range(90))}
