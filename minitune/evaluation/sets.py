@@ -31,6 +31,7 @@ from minitune.data.splits import deduplicate, normalise, split_by_hash
 from minitune.errors import ConfigError, DataError, nearest
 from minitune.evaluation.choices import Question, read_choices
 from minitune.evaluation.refusal import LabelledAnswer
+from minitune.evaluation.verifier import verified
 from minitune.files import file_sha256
 from minitune.sources import licence, resolve
 
@@ -97,7 +98,8 @@ def verifier_of(name: str) -> Verifier | None:
         rows = _gym(task, _named(row.origin.rpartition(":")[0])[1])  # of whichever part the row is
         if row.origin not in rows:
             raise DataError(f"{row.origin} is no row of {GYM}:{task}, whose verifier knows these alone; take another")
-        return rows[row.origin][1](text.strip())
+        score = rows[row.origin][1]
+        return verified(lambda _, answer: score(answer), row.origin, None, text.strip())
 
     return verify
 

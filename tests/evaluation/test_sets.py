@@ -69,6 +69,8 @@ def test_papers_are_asked_for_three_things_each(weights):
 def test_a_task_of_the_gym_brings_its_verifier_and_new_questions_in_each_part(weights, monkeypatch):
     class Sums(list):
         def score_answer(self, answer, entry):
+            if answer == "crash":
+                raise ValueError
             return 1.0 if answer == entry["answer"] else 0.01
 
     def create_dataset(task, size, seed):  # seed 10^6 shares half of its questions with seed 0
@@ -85,6 +87,8 @@ def test_a_task_of_the_gym_brings_its_verifier_and_new_questions_in_each_part(we
     asked = {row.messages[0]["content"] for row in task.rows}
     other = sets.rows_of("reasoning-gym:sums:validation")
     assert (task.verify(other[0], "201"), task.verify(other[0], "5")) == (1, 0.01)  # to choose the base's prompt by
+    with pytest.raises(DataError, match=r"sums:test:4: the verifier, given the completion 'crash', raised ValueError"):
+        task.verify(task.rows[3], "crash")
     with pytest.raises(DataError, match="r:1 is no row of reasoning-gym:sums"):
         task.verify(Record("r:1", ""), "5")
     assert len(other) == 100 and not asked & {row.messages[0]["content"] for row in other}
