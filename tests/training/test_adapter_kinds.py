@@ -143,7 +143,7 @@ def test_a_full_run_with_new_tokens_writes_a_larger_model(make_config, tiny_mode
 
 def test_a_resumed_run_of_every_kind_goes_on_as_it_was(make_config, talk):
     """Six steps and six more after a stop are the twelve of a run without one, bit by bit."""
-    from minitune.training import run as module
+    from minitune.training import outcome as module
 
     options = {"lora": LoRAOptions(rank=4, dora=True, init="pissa"), "data": str(talk), "new_tokens": "<tool>",
                "max_steps": 6}  # fmt: skip
