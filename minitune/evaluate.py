@@ -224,6 +224,11 @@ class EvaluateConfig(ModelOptions):
         for file in (self.output, self.golden_page):
             if file is not None and Path(file).is_file() and not self.overwrite:
                 raise ConfigError(f"{file} is there already; name another file, or replace it with --overwrite")
+        files = (self.output, self.golden_page, self.blind.page, self.blind.key, self.blind.votes, self.judge.journal)
+        apart = [Path(file).resolve() for file in files if file is not None]
+        twice = next((file for i, file in enumerate(apart) if file in apart[:i]), None)
+        if twice is not None:
+            raise ConfigError(f"two of output, golden_page, blind.* and judge.journal are {twice}; name a file for each")
         self._check_answers()
         self.others  # noqa: B018 - refuses names that are none
 

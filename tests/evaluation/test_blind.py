@@ -239,6 +239,8 @@ def test_votes_that_do_not_fit_are_refused_by_name(files, change, line):
         (("--blind.prompts", "p", "--blind.key", "k", "--blind.votes", "v"), "answers that are only made now"),
         (("--blind.key", "k", "--blind.votes", "v", "--blind.seed", "1"), "draws the order of a new comparison"),
         (("--blind.key", "k", "--blind.votes", "v", "--also", "[a=b]"), "also names more"),
+        (("--blind.prompts", "p", "--blind.key", "k", "--blind.page", "./k"), "name a file for each"),
+        (("--blind.key", "k", "--blind.votes", "v", "--output", "k", "--overwrite"), "name a file for each"),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_together(options, line):
