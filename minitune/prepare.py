@@ -217,7 +217,9 @@ def described(found: Any, clean: Any) -> dict[str, Any]:
     option = ""
     if found.kind not in (*clean.repair, *clean.remove):
         choices = {"repair": get_args(Repairable), "remove": get_args(Removable)}
-        option = " or ".join(f"--clean.{name} [{found.kind}]" for name, kinds in choices.items() if found.kind in kinds)
+        option = " or ".join(
+            f"--clean.{name} '[{found.kind}]'" for name, kinds in choices.items() if found.kind in kinds
+        )
     return asdict(found) | {"numbers": dict(found.numbers), "option": option}
 
 

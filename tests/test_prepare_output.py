@@ -213,7 +213,7 @@ def test_cleaning_is_done_as_asked_and_said(prepare):
         [*ROWS, ROWS[0], {"instruction": "Mail?", "input": "to a.b@mail.org", "output": "Yes, <b>now</b>."}],
     )
     _, shown = prepare("--output", "out")
-    assert "exact_duplicate (1 row)" in shown and "--clean.remove [exact_duplicate]" in shown
+    assert "exact_duplicate (1 row)" in shown and "--clean.remove '[exact_duplicate]'" in shown
     assert "101 rows" not in shown and lines("out/removed.jsonl") == []
     _, shown = prepare("--output", "out", "--overwrite", "--clean.remove", "[exact_duplicate]",
                        "--clean.repair", "[personal_data,markup]")  # fmt: skip
@@ -340,7 +340,7 @@ def test_findings_are_shown_without_writing_anything(prepare):
     code, shown = prepare("--json", "report.json")
     assert code == 0 and "exact_duplicate (1 row)" in shown and "next:" not in shown
     kinds = {one["kind"]: one["option"] for one in json.loads(Path("report.json").read_text())["findings"]}
-    assert kinds["exact_duplicate"] == "--clean.remove [exact_duplicate]"
+    assert kinds["exact_duplicate"] == "--clean.remove '[exact_duplicate]'"
     assert {path.name for path in Path().iterdir()} == {"rows.jsonl", "report.json"}
 
 
