@@ -228,7 +228,7 @@ class EvaluateConfig(ModelOptions):
         apart = [Path(file).resolve() for file in files if file is not None]
         twice = next((file for i, file in enumerate(apart) if file in apart[:i]), None)
         if twice is not None:
-            raise ConfigError(f"two of output, golden_page, blind.* and judge.journal are {twice}; name a file for each")
+            raise ConfigError(f"output, pages, keys, votes, journal: two are {twice}; name a file for each")
         self._check_answers()
         self.others  # noqa: B018 - refuses names that are none
 
