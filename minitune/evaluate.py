@@ -191,7 +191,7 @@ class EvaluateConfig(ModelOptions):
     require: tuple[str, ...] | str = ()
     """Exit with code 3 unless these hold of the results, as accuracy>=0.85 or accuracy.low>=0.8; can be repeated."""
     max_rows: int | None = None
-    """Use only the first rows of each set (default: all; with safety 100)."""
+    """Use only the first rows of each set, validation rows too (default: all; with safety 100)."""
     max_new_tokens: int | None = None
     """An answer not ended by then is no label (with classify, default 16) or cut off (with references, 256; of safety
     the first 64 are read)."""
