@@ -60,6 +60,8 @@ def _plausible(meant: str, found: str, before: str, after: str) -> bool:
     code, in_word = ord(meant), (before + after).isalpha() or after.isalpha() or (before.isalpha() and before.islower())
     if before.isupper() and not after.isalpha() and found[-1] in _TYPOGRAPHY:
         return False
+    if found[-1] in "–—" and not before.isalpha() and after.isupper():
+        return False  # from one letter to another, as in Ä–Ö
     latin_word = 0x100 <= code < 0x180 or 0x218 <= code <= 0x21B or 0x1E00 <= code < 0x1F00
     return (
         0xA0 <= code < 0x100
