@@ -83,7 +83,8 @@ def _is_international(text: str) -> bool:
     """Tell whether digits after + or 00 are grouped as people write them; a bare run is rather a sum or an account."""
     digits = re.sub(r"\D", "", text)
     bare = "+" + digits == text and len(digits) <= 13
-    return _is_phone(text) and len(digits) >= 8 and (bare or bool(re.search(r"\d\D", text)))
+    decimal = re.fullmatch(r"\+\d+\.\d+", text)  # a coordinate
+    return _is_phone(text) and len(digits) >= 8 and not decimal and (bare or bool(re.search(r"\d\D", text)))
 
 
 def _is_mixed(text: str) -> bool:

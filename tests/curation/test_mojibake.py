@@ -12,8 +12,8 @@ SOUND = [
     "हिन्दी भाषा", "한국어 문장", "5 Å and Øre, smørrebrød", "½ cup · 3×4 µm", "plain ASCII text, 100%",
 ]  # fmt: skip
 RARE = [  # sound texts in which letters and typography meet as the bytes of other characters would
-    "“café…”", "« déjà… »", "IRMÃ— e", "MANHÃ…", "“IRMÔ", "HÔTEL À…", "5 Å… and", "2.5 Å±0.1", "Ø°", "DÉJÀ—vu", "‘Ñ’", "(Ä–Ö)",
-    "É®", "groß…", "voilà…", "é“x”", "à l’“été”", "Ça…", "ÉTÉ™", "CAFÉ’s", "naïve…“", "Ã and Â", "Ñ", "ðŸ", "â€",
+    "“café…”", "« déjà… »", "IRMÃ— e", "MANHÃ…", "“IRMÔ", "HÔTEL À…", "5 Å… and", "2.5 Å±0.1", "Ø°", "DÉJÀ—vu", "‘Ñ’",
+    "(Ä–Ö)", "É®", "groß…", "voilà…", "é“x”", "à l’“été”", "Ça…", "ÉTÉ™", "CAFÉ’s", "naïve…“", "Ã and Â", "Ñ", "ðŸ", "â€",
 ]  # fmt: skip
 
 

@@ -62,7 +62,7 @@ LOOK_ALIKES = [
     "phone 12 and 13", "for i in range(1000000000):", "0x7fffffff", "+1 for this idea", "a+12345",
     "2021 2022 2023 2024", "score 10-12-14", "chapter 020 of 100", "$1 000 000 and €2.500.000", "007 is back",
     "1e-0712345", "-0123456", "call me on 12/10/2023", "Call us on 2023-12-10 at noon", "mobile 2019-2020",
-    "the call of 1914-1918", "fax 2020/2021 models", "call me on 12.10.23",
+    "the call of 1914-1918", "fax 2020/2021 models", "call me on 12.10.23", "lat +51.507351",
 ]  # fmt: skip
 
 
