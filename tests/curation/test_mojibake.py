@@ -13,7 +13,8 @@ SOUND = [
 ]  # fmt: skip
 RARE = [  # sound texts in which letters and typography meet as the bytes of other characters would
     "“café…”", "« déjà… »", "IRMÃ— e", "MANHÃ…", "“IRMÔ", "HÔTEL À…", "5 Å… and", "2.5 Å±0.1", "Ø°", "DÉJÀ—vu", "‘Ñ’",
-    "(Ä–Ö)", "É®", "groß…", "voilà…", "é“x”", "à l’“été”", "Ça…", "ÉTÉ™", "CAFÉ’s", "naïve…“", "Ã and Â", "Ñ", "ðŸ", "â€",
+    "(Ä–Ö)", "É®", "groß…", "voilà…", "é“x”", "à l’“été”", "Ça…", "ÉTÉ™", "CAFÉ’s", "naïve…“", "Ã and Â", "Ñ", "ðŸ",
+    "â€",
 ]  # fmt: skip
 
 
