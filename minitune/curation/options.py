@@ -28,13 +28,13 @@ class CurationOptions:
     leaks: Literal["list", "remove"] = "list"
     """Only list rows that stand in a later split or an evaluation set too, or take them out of the earlier one."""
     evaluation_sets: str | tuple[str, ...] = ()
-    """Files or fetched sets that must not be trained on either."""
+    """Files or fetched sets that must not be trained on either, as wiki-demo or [mine.jsonl,rotten_tomatoes:test]."""
     rehearsal: str | tuple[str, ...] = ()
-    """Files of general rows against forgetting, for training only."""
+    """General rows against forgetting, as alpaca-en-demo or [a.jsonl,b.jsonl]; for training only."""
     rehearsal_share: float | None = None
     """Their share of what is trained on; 0.2 where rehearsal is given."""
     safety: str | tuple[str, ...] = ()
-    """Files of safety rows, for training only."""
+    """Files of safety rows, as for rehearsal; for training only."""
     safety_share: float | None = None
     """Their share of what is trained on; 0.2 where safety is given."""
     share_of: Literal["rows", "target_tokens"] = "rows"

@@ -191,7 +191,9 @@ def detect_format(fields: dict[str, Any], origin: str, formats: "dict[str, Forma
         what, objective = READERS[kind]
         remedy = f"train with --objective {objective}, or give other rows ({known})"
         raise DataError(f"{origin}: the fields {found} are those of {what}; {remedy}")
-    raise DataError(f"{origin}: the fields {found} fit no format{''.join(hints[:1])}; rename or map them ({known})")
+    raise DataError(
+        f"{origin}: the fields {found} fit no format{''.join(hints[:1])}; rename or map them by columns ({known})"
+    )
 
 
 _TELLING = {"chosen", "rejected", "completions", "label"}  # the fields by which the other kinds are told

@@ -86,7 +86,11 @@ def _time(found: Mapping[str, Any]) -> Iterator[str]:
             continue
         cells.append(ranged(*map(timed, row["step_seconds"])))
         cells += [ranged(*map(timed, row["run_seconds"]))] if row["run_seconds"] else []
-        cells += [ranged(*(f"{value:,.2f}" for value in row["cost"]))] if row["cost"] else []
+        cells += (
+            [ranged(*(f"{value:,.2f}" if value >= 0.01 else f"{value:.1g}" for value in row["cost"]))]
+            if row["cost"]
+            else []
+        )
         rows.append(cells)
     yield from columns(rows)
     if len(rows) > 2 or rows[-1][0] != "here, measured":

@@ -45,7 +45,7 @@ def _splits(facts: Mapping[str, Any]) -> list[str]:
     parts = [
         heading("Splits"),
         table(("split", "rows", "share", "file", "lines written"), rows),
-        histogram("Rows by split", bars, "rows"),
+        histogram("Rows by split", bars),
     ]
     if facts["golden_texts"]:
         parts.append(prose(f"Of the golden set: {GOLDEN_TEXTS}."))
@@ -55,7 +55,7 @@ def _splits(facts: Mapping[str, Any]) -> list[str]:
         shown = [list(label.values()) for label in labels[:LABELS]]
         parts += [heading("Labels", 3), table(names, shown)]
         sums = [(str(row[0]), str(row[0]), sum(row[1:])) for row in shown]
-        parts.append(histogram("Rows by label", sums, "rows"))
+        parts.append(histogram("Rows by label", sums))
         if labels[LABELS:]:
             parts.append(prose(f"and {counted(len(labels) - LABELS, 'label')} more, in report.json"))
     return parts

@@ -244,7 +244,8 @@ class TrainConfig:
         if self.method == "pattern":
             _require(bool(self.pattern), "pattern", self.pattern, "a regular expression over parameter names")
         if self.epochs is not None and self.max_steps is not None:
-            raise ConfigError("epochs and max_steps are both set; the run ends at one of them, leave out the other")
+            raise ConfigError("epochs and max_steps are both set; the run ends at one of them, leave out the other "
+                              "(--epochs null takes back a recipe's)")  # fmt: skip
         if self.validation is not None and self.validation_fraction is not None:
             raise ConfigError("validation and validation_fraction are both set; leave out one of them")
         if self.validation_fraction is not None:
