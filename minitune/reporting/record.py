@@ -43,7 +43,8 @@ class Run:
     """A run's files.
 
     `steps` and `evaluations` are the lines of metrics.jsonl; `facts` and `outcome` are {} where the run left none;
-    `measured` holds the results of `python -m minitune.evaluate` in its folder `evaluations`, by file name.
+    `measured` holds the results of `python -m minitune.evaluate` in its folder `evaluations`, by file name, and of
+    `python -m minitune.curve` in a folder there.
     """
 
     folder: Path
@@ -93,7 +94,8 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"{folder / 'config.yaml'} holds no options of a training run; name the --output of one")
     lines = [line for line in read_metrics(folder) if isinstance(line, dict) and isinstance(line.get("step"), int)]
     outcome = _read(folder / "outcome.json", {})
-    found = sorted((folder / EVALUATIONS).glob("*.json"))
+    measured = folder / EVALUATIONS
+    found = sorted([*measured.glob("*.json"), *measured.glob("*/curve.json")])
     return Run(
         folder=folder,
         options=options,
@@ -103,7 +105,7 @@ def read_run(folder: Path) -> Run:
         steps=[line for line in lines if _STEP <= line.keys()],
         evaluations=[line for line in lines if _EVALUATION <= line.keys()],
         outcome=outcome,
-        measured={path.stem: _read(path, {}) for path in found},
+        measured={path.relative_to(measured).with_suffix("").as_posix(): _read(path, {}) for path in found},
         running=not outcome and _is_running(folder),  # the report is written while the run still holds its folder
     )
 

@@ -18,7 +18,7 @@ from minitune.reporting.before_after import after_parts, forgetting_parts, safet
 from minitune.reporting.diagnosis import diagnose
 from minitune.reporting.document import Chart, Code, Paragraph, Part, Section, Table, html, markdown
 from minitune.reporting.evidence import LINT
-from minitune.reporting.record import MEASURES, Run, read_run
+from minitune.reporting.record import EVALUATIONS, MEASURES, Run, read_run
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -47,6 +47,7 @@ def sections(run: Run, picture: bool) -> list[Section]:
         Section("Diagnosis", _diagnosis(run)),
         Section("Loss", [_chart(run, "loss.png" if picture else "")]),
         Section("Data", _data(run)),
+        Section("More data", _more_data(run)),
         Section("Forgetting", forgetting_parts(run)),
         Section("Safety", safety_parts(run)),
         Section("Samples", _samples(run)),
@@ -160,9 +161,32 @@ def _data(run: Run) -> list[Part]:
     if lint := run.facts.get("lint"):
         names = ("path", *LINT)
         return [*parts, Table(("prepared file", *LINT), [[one.get(name) for name in names] for one in lint])]
-    paths = " ".join(shlex.quote(file["path"]) for file in run.files if file.get("role") == "training")
     return [*parts, Paragraph("Near duplicates, mixed formats, personal data and more are found by:"),
-            Code(f"python -m minitune.prepare {paths}", "sh")]  # fmt: skip
+            Code(f"python -m minitune.prepare {' '.join(map(shlex.quote, _training_files(run)))}", "sh")]  # fmt: skip
+
+
+def _training_files(run: Run) -> list[str]:
+    return [file["path"] for file in run.files if file.get("role") == "training"]
+
+
+def _more_data(run: Run) -> list[Part]:
+    """Say what `python -m minitune.curve` found, or how to find it."""
+    parts: list[Part] = []
+    for found in (one for one in run.measured.values() if "advice" in one):
+        forecasts = (found["curve"] or {}).get("forecasts", ())
+        rows = [(one["times"], one["rows"], one["value"], "{:.4g} to {:.4g}".format(*one["interval"]))
+                for one in forecasts]  # fmt: skip
+        parts += [Paragraph(found["advice"])]
+        parts += [Table(("times the data", "rows", found["measure"], "95% interval"), rows)] if rows else []
+    if parts:
+        return parts
+    files = ",".join(_training_files(run))
+    options = (
+        f"--data {shlex.quote(f'[{files}]' if ',' in files else files)} --model {shlex.quote(run.options['model'])}"
+    )
+    folder = shlex.quote(str(run.folder / EVALUATIONS / "curve"))
+    return [Paragraph("Whether more data would help is not measured:"),
+            Code(f"python -m minitune.curve {options} --output {folder}", "sh")]  # fmt: skip
 
 
 def _samples(run: Run) -> list[Part]:
@@ -194,7 +218,9 @@ def _cost(run: Run) -> list[Part]:
     ]
     names = ("minitune", "torch", "dtype", "device", "threads", "processor")
     rows.append(("machine", ", ".join(f"{name} {run.environment[name]}" for name in names if name in run.environment)))
-    return [Table(("", ""), rows)]
+    plan = f"python -m minitune.plan --recipe {shlex.quote(str(run.folder / 'config.yaml'))}"
+    return [Table(("", ""), rows), Paragraph("What it takes by part, elsewhere, and what else would fit:"),
+            Code(plan, "sh")]  # fmt: skip
 
 
 def _usage(run: Run) -> list[Part]:

@@ -18,8 +18,8 @@ from minitune.reporting.record import read_run
 from minitune.reporting.report import write_report
 from tests.reporting.faults import quick
 
-SECTIONS = ["Result", "Before and after", "Diagnosis", "Loss", "Data", "Forgetting", "Safety", "Samples", "Cost",
-            "Use it", "Configuration"]  # fmt: skip
+SECTIONS = ["Result", "Before and after", "Diagnosis", "Loss", "Data", "More data", "Forgetting", "Safety", "Samples",
+            "Cost", "Use it", "Configuration"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +192,27 @@ def test_results_in_the_run_folder_are_read_in_and_gated(run, capsys):
     assert "**Forgetting**: evaluations/test.json: the verdict" in text
     with pytest.raises(ConfigError, match="nothing measured is called 'acuracy'; did you mean 'accuracy'"), quick():
         report.main([str(run), "--require", "acuracy>=1"])
+
+
+def test_what_a_curve_said_of_more_data_is_read_in(run):
+    assert "Whether more data would help is not measured" in write_report(run)[0].read_text()
+    forecast = {
+        "times": 2.0,
+        "rows": 600,
+        "value": 0.25,
+        "interval": [0.2, 0.3],
+        "gain": 0.1,
+        "gain_interval": [0, 0.2],
+    }
+    folder = run / "evaluations" / "curve"
+    folder.mkdir(parents=True)
+    found = {"measure": "loss", "curve": {"forecasts": [forecast]}, "advice": "collect more"}
+    (folder / "curve.json").write_text(json.dumps(found))
+    for path in write_report(run):
+        text = path.read_text()
+        assert "collect more" in text and "0.2 to 0.3" in text and "would help is not" not in text
+    (folder / "curve.json").write_text(json.dumps(found | {"curve": None, "advice": "no law goes through the points"}))
+    assert "no law goes through the points" in write_report(run)[0].read_text()
 
 
 def test_what_is_not_there_is_said_and_not_made_up(run):
