@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from minitune.reporting.document import Code, Paragraph, Part, Table
-from minitune.reporting.gates import numbers
 from minitune.reporting.record import EVALUATIONS, Run
 
 SAFETY, FORGETTING = "safety", "forgetting"  # sections of a result that have a place of their own
@@ -21,7 +20,7 @@ def after_parts(run: Run) -> list[Part]:
     """Return the table of losses and of all that was evaluated, and how to evaluate more."""
     rows = list(_loss_rows(run))
     for name, result in run.measured.items():
-        for kind, found in _kinds(result):
+        for kind, found in () if "advice" in result else _kinds(result):  # a curve has a section of its own
             if kind not in (SAFETY, FORGETTING):
                 rows += _score_rows(f"{name}, {kind}", found)
     parts: list[Part] = [Table(_HEAD, rows)] if rows else []
@@ -58,15 +57,31 @@ def _kinds(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _score_rows(title: str, found: dict[str, Any]) -> Iterator[tuple]:
     """Yield a row for each metric."""
-    scores = found.get("scores")
-    if not isinstance(scores, dict):
-        for path, value in numbers(found).items():
-            yield f"{title}: {path}", None, value, None, None
+    scores, comparison = found.get("scores"), found.get("comparison") or {}
+    if isinstance(scores, dict):
+        for name, score in scores.items():
+            before = (found.get("base") or {}).get(name)
+            yield f"{title}: {name}", before and _spread(before), _spread(score), *_compared(comparison.get(name))
         return
-    for name, score in scores.items():
-        before = (found.get("base") or {}).get(name)
-        compared = (found.get("comparison") or {}).get(name)
-        yield f"{title}: {name}", before and _spread(before), _spread(score), *_compared(compared)
+    before, after = (dict(_measures(found.get(side))) for side in ("base", "tuned"))
+    compared = _compared(comparison)  # of the first measure
+    for path, value in after.items():
+        yield f"{title}: {path}", before.get(path), value, *compared
+        compared = None, None
+    rest = {name: value for name, value in found.items() if name not in ("base", "tuned", "comparison")}
+    for path, value in _measures(rest):
+        yield f"{title}: {path}", None, value, None, None
+
+
+def _measures(found: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every number below `found` by its dotted path, those that have an interval with it."""
+    if isinstance(found, dict) and isinstance(found.get("value"), int | float):
+        yield path, _spread(found)
+    elif isinstance(found, dict):
+        for name, value in found.items():
+            yield from _measures(value, f"{path}.{name}" if path else name)
+    elif isinstance(found, int | float) and not isinstance(found, bool):
+        yield path, found
 
 
 def _compared(one: dict[str, Any] | None) -> tuple[str | None, str | None]:

@@ -194,6 +194,19 @@ def test_results_in_the_run_folder_are_read_in_and_gated(run, capsys):
         report.main([str(run), "--require", "acuracy>=1"])
 
 
+def test_what_has_two_models_stands_side_by_side(run):
+    rates = [{"pass_rate": {"value": value, "interval": [low, high], "rows": 10}, "tags": {"form": {"value": value}}}
+             for value, low, high in ((0.2, 0.1, 0.4), (0.6, 0.3, 0.8))]  # fmt: skip
+    compared = {"difference": 0.4, "interval": [0.1, 0.7], "test": "McNemar's exact test", "verdict": "wins", "p": 0.03}
+    golden = {"base": rates[0], "tuned": rates[1], "comparison": compared, "changes": {"fixed": 4}, "rows": 10}
+    (run / "evaluations").mkdir()
+    (run / "evaluations" / "mine.json").write_text(json.dumps({"model": "m", "golden": golden}))
+    text = write_report(run)[0].read_text()
+    verdict = "+0.4 (+0.1 to +0.7) | wins (McNemar's exact test, p = 0.03)"
+    assert f"| mine, golden: pass_rate | 0.2 (0.1 to 0.4) | 0.6 (0.3 to 0.8) | {verdict} |" in text
+    assert "| mine, golden: tags.form | 0.2 | 0.6 |  |  |" in text and "| mine, golden: changes.fixed |  | 4 |" in text
+
+
 def test_what_a_curve_said_of_more_data_is_read_in(run):
     assert "Whether more data would help is not measured" in write_report(run)[0].read_text()
     forecast = {
