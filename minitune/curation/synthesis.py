@@ -123,7 +123,8 @@ def requests(seeds: Sequence[Row], recipe: Recipe) -> list[tuple[Row, Conversati
     Raises ConfigError where there are too few seeds for that many rounds or examples.
     """
     if recipe.examples > len(seeds):
-        raise ConfigError(f"examples is {recipe.examples}, but there are only {counted(len(seeds), 'seed')}")
+        few = f"examples is {recipe.examples}, but there are only {counted(len(seeds), 'seed')}"
+        raise ConfigError(f"{few}; lower it, or give more seeds")
     draws = math.comb(len(seeds) - 1, recipe.examples - 1)
     if recipe.rounds > draws:
         raise ConfigError(
