@@ -126,10 +126,6 @@ class JudgeOptions(ResponderOptions):
         """Whether there are answers to judge."""
         return self.prompts is not None or self.key is not None
 
-    def load_model(self) -> tuple[Any, Any]:
-        """Return the judge and its tokenizer, to read probabilities; errors as `ModelOptions.load`."""
-        return ModelOptions.load(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ModelOptions):
@@ -230,7 +226,7 @@ class EvaluateConfig(ModelOptions):
         if twice is not None:
             raise ConfigError(f"output, pages, keys, votes, journal: two are {twice}; name a file for each")
         self._check_answers()
-        self.others  # noqa: B018 - refuses names that are none
+        paths_by_name(self.also)
 
     def _check_answers(self) -> None:
         """Refuse a judge of nothing, files that several models would write, and what given answers leave idle."""
@@ -259,11 +255,8 @@ class EvaluateConfig(ModelOptions):
 
     @property
     def others(self) -> dict[str, ModelOptions]:
-        """The models of `also` by name; ConfigError for one without name or folder, or a name given twice."""
-        pairs = [one.partition("=")[::2] for one in self.also or ()]
-        if not all(name and path for name, path in pairs) or len(dict(pairs)) < len(pairs):
-            raise ConfigError(f"also is {list(self.also)}; several need a name each, as [low=FOLDER,high=FOLDER]")
-        return {name: self._options(path) for name, path in pairs}
+        """The models of `also` by name."""
+        return {name: self._options(path) for name, path in paths_by_name(self.also).items()}
 
     @property
     def reference(self) -> ModelOptions:
@@ -280,6 +273,14 @@ class EvaluateConfig(ModelOptions):
         given = {name: getattr(self, name) for name in ("dtype", "quantize", "device", "backend")}
         adapter = (Path(path) / "adapter_config.json").is_file()
         return ModelOptions(model=self.model if adapter else path, adapter=path if adapter else None, **given)
+
+
+def paths_by_name(also: tuple[str, ...] | None) -> dict[str, str]:
+    """Return NAME=PATH pairs; ConfigError for one without name or path, or a name given twice."""
+    pairs = [one.partition("=")[::2] for one in also or ()]
+    if not all(name and path for name, path in pairs) or len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"also is {list(also or ())}; several need a name each, as [low=FOLDER,high=FOLDER]")
+    return dict(pairs)
 
 
 def _asked(value: Any) -> bool:

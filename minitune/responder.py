@@ -114,9 +114,12 @@ class ResponderOptions(ModelOptions):
 
     @property
     def identity(self) -> str:
-        """What decides the replies, for journals of them: the model and how it answers, not how it is reached."""
+        """What decides the replies, for journals of them: the model and how it answers, not how it is reached.
+
+        What else the options of a subclass say is not of the one who answers.
+        """
         ignored = {"device", "backend", "batch_size", *REMOTE}
-        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(ResponderOptions)}
         return json.dumps({name: value for name, value in chosen.items() if name not in ignored}, sort_keys=True)
 
     @property
@@ -124,7 +127,7 @@ class ResponderOptions(ModelOptions):
         """How many conversations to hand over in one call, so that none waits and little is lost with a call."""
         return (self.batch_size or 32) if self.endpoint is None else (self.parallel or 4)
 
-    def load(self) -> Responder:  # type: ignore[override]
+    def responder(self) -> Responder:
         """Return what answers, its model loaded where it is one of this machine.
 
         Raises ConfigError, CheckpointError as `ModelOptions.load`, where there is no chat template, or no model named.
@@ -133,7 +136,7 @@ class ResponderOptions(ModelOptions):
             raise ConfigError("no model is named that answers; give its name, as --teacher.model or --judge.model")
         if self.endpoint is not None:
             return self._remote()
-        model, tokenizer = super().load()
+        model, tokenizer = self.load()
         return local_responder(
             model, tokenizer, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed or 0,
             batch_size=self.at_once,

@@ -240,7 +240,7 @@ class _Asker:
         ]
 
     def _respond(self, conversations: "Sequence[Conversation]") -> "list[Reply]":
-        self.responder = self.responder or self.options.load()
+        self.responder = self.responder or self.options.responder()
         return self.responder(conversations)
 
 

@@ -68,23 +68,23 @@ def test_a_question_that_is_too_long_is_named(loaded):
 def test_options_load_either(folder, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     local = ResponderOptions(model=folder, dtype="float32", max_new_tokens=5)
-    assert local.name == folder and isinstance(local.load()([ask("x")])[0], Reply)
+    assert local.name == folder and isinstance(local.responder()([ask("x")])[0], Reply)
     with chat_server(lambda request: f"{request['model']} {request['max_tokens']} {'seed' in request}") as server:
         judge = parse(
             Options,
             ["--judge.endpoint", server.url, "--judge.model=big", "--judge.temperature=1", "--judge.retries=0"],
             prog="x", description="x",
         ).judge  # fmt: skip
-        assert judge.load()([ask("x")]) == [Reply("big 256 True", True)]
+        assert judge.responder()([ask("x")]) == [Reply("big 256 True", True)]
         assert judge.name == f"big at {server.url}"
-        assert ResponderOptions(model="m", endpoint=server.url).load()([ask("x")])[0].text == "m 256 False"
+        assert ResponderOptions(model="m", endpoint=server.url).responder()([ask("x")])[0].text == "m 256 False"
 
 
 def test_nobody_is_asked_by_default():
     nobody = parse(Options, [], prog="x", description="x").judge
     assert nobody.model is None
     with pytest.raises(ConfigError, match="no model is named that answers"):
-        nobody.load()
+        nobody.responder()
 
 
 @pytest.mark.parametrize(

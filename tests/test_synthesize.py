@@ -158,7 +158,7 @@ def test_nothing_is_asked_again_after_an_interruption(seeds, tmp_path, monkeypat
             raise KeyboardInterrupt
         return [Reply(teacher({"messages": one}), True) for one in conversations]
 
-    monkeypatch.setattr(synthesize.ResponderOptions, "load", lambda self: respond)
+    monkeypatch.setattr(synthesize.ResponderOptions, "responder", lambda self: respond)
     arguments = ["--seeds", str(seeds), "--output", str(tmp_path / "out"), "--instruction=Write.", "--examples=2",
                  "--teacher.model", str(tmp_path), "--teacher.batch_size=1"]  # fmt: skip
     with pytest.raises(KeyboardInterrupt):

@@ -1,6 +1,5 @@
 """Kind "judge": a language model's verdicts on two models' answers, or its scores of one's."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +102,7 @@ def _scores(task: Task, pairs: list[Duel], ours: list[Reply] | None, config: Any
 
 def _letters(pairs: list[Duel], rubric: Rubric, config: Any) -> list[judging.Both | None]:
     """Return verdicts read from the probabilities of the letters A and B, which are never missing."""
-    model, tokenizer = config.judge.load_model()
+    model, tokenizer = config.judge.load()
     asked = [duel for duel in pairs if not duel.identical]
     answers = [[shown_answer(duel.tuned), shown_answer(duel.base)] for duel in asked]
     size = config.judge.batch_size or 16
@@ -114,16 +113,14 @@ def _letters(pairs: list[Duel], rubric: Rubric, config: Any) -> list[judging.Bot
 
 
 def asker(config: Any) -> judging.Ask:
-    """Return what asks the judge, with its journal and a bar; its identity there is all that shapes its replies."""
-    options, responder = config.judge, config.judge.load()
-    shaping = ("name", "use", "weights", "max_new_tokens", "temperature", "seed", "dtype", "quantize")
-    judge = json.dumps([getattr(options, name) for name in shaping])
-    at_once = (options.batch_size or 32) if options.endpoint is None else (options.parallel or 4)
+    """Return what asks the judge, with its journal and a bar; its name there is its `identity`."""
+    options, responder = config.judge, config.judge.responder()
 
     def ask(questions: list[Conversation]) -> list[Reply | Missing]:
         with progress(len(questions), "judge", "replies") as update:
             return ask_all(
-                responder, questions, judge=judge, journal=options.journal, at_once=at_once, on_batch=update
+                responder, questions, judge=options.identity, journal=options.journal, at_once=options.at_once,
+                on_batch=update,
             )  # fmt: skip
 
     return ask
