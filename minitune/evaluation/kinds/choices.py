@@ -3,11 +3,10 @@
 from functools import partial
 from typing import Any
 
-from minitune.evaluation import scores
 from minitune.evaluation.choices import score_choices
 from minitune.evaluation.kinds import progress
-from minitune.evaluation.kinds.prompted import Prompted, measure_best, prompt_lines, prompted
-from minitune.evaluation.kinds.references import report  # noqa: F401 - the same for both
+from minitune.evaluation.kinds import prompted as common
+from minitune.evaluation.kinds.prompted import Prompted, measure_best, prompted
 from minitune.evaluation.sets import questions_of
 
 KEY = "choices"
@@ -26,8 +25,5 @@ def measure(model: Any, tokenizer: Any, task: Prompted, config: Any) -> tuple[di
 
 
 measure_base = partial(measure_best, measure)
-
-
-def lines(found: dict[str, Any]) -> list[str]:
-    """Return the counts and the metrics."""
-    return [*prompt_lines(KEY, found), *scores.count_lines(KEY, found), *scores.score_lines(found)]
+report = common.report
+lines = partial(common.score_lines, KEY)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minitune.errors import DataError, counted
+from minitune.evaluation import scores
 from minitune.evaluation.prompting import Row, Search, as_text, choose, search_of
 from minitune.evaluation.sets import provenance
 
@@ -66,6 +67,16 @@ def measure_best(
                 raise
             print(f"  {chosen.way.title}: not for the test rows ({error}); the next best is taken")
             chosen = replace(chosen, way=chosen.next_best[0], next_best=chosen.next_best[1:])
+
+
+def report(task: Prompted, found: tuple, base: tuple | None, config: Any) -> dict[str, Any]:
+    """Return "answers" and "scores", and of the base "base_answers", "base" and "comparison"."""
+    return scores.report(found, base) | {"data": task.data}
+
+
+def score_lines(kind: str, found: dict[str, Any]) -> list[str]:
+    """Return the counts and the metrics of such a report."""
+    return [*prompt_lines(kind, found), *scores.count_lines(kind, found), *scores.score_lines(found)]
 
 
 def prompt_lines(kind: str, found: dict[str, Any]) -> list[str]:

@@ -4,9 +4,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from minitune.evaluation import references, scores
+from minitune.evaluation import references
 from minitune.evaluation.kinds import progress
-from minitune.evaluation.kinds.prompted import Prompted, measure_best, prompt_lines, prompted
+from minitune.evaluation.kinds import prompted as common
+from minitune.evaluation.kinds.prompted import Prompted, measure_best, prompted
 from minitune.evaluation.sets import rows_of
 
 KEY = "references"
@@ -38,13 +39,5 @@ def measure(model: Any, tokenizer: Any, task: Prompted, config: Any) -> tuple[di
 
 
 measure_base = partial(measure_best, measure)
-
-
-def report(task: Prompted, found: tuple, base: tuple | None, config: Any) -> dict[str, Any]:
-    """Return "answers" and "scores", and of the base "base_answers", "base" and "comparison"."""
-    return scores.report(found, base) | {"data": task.data}
-
-
-def lines(found: dict[str, Any]) -> list[str]:
-    """Return the counts and the metrics."""
-    return [*prompt_lines(KEY, found), *scores.count_lines(KEY, found), *scores.score_lines(found)]
+report = common.report
+lines = partial(common.score_lines, KEY)
