@@ -5,41 +5,9 @@ A floor made of the sum of the parts' measured times was rejected: it would call
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
-from bench.cases import RANK
 from minitune.planning import flops
-
-
-def step_flops(
-    config: Any,
-    lengths: Sequence[int],
-    targets: int,
-    *,
-    full: bool,
-    checkpointing: bool = False,
-    rank: int = RANK,
-    causal: bool = True,
-    attention_backward: int = 5,
-    reference: bool = False,
-) -> float:
-    """Return the floating-point operations of one training step, a multiplication and an addition being two.
-
-    Args:
-        config: a `ModelConfig`.
-        lengths: tokens of each document.
-        targets: tokens with a loss; the head runs on these.
-        full: whether all weights train, else LoRA of `rank` on all linear layers.
-        checkpointing: whether the layers run forward twice.
-        causal: count the pairs of tokens that see each other, else all pairs.
-        attention_backward: matmuls of its backward pass; 4 where the probabilities are kept.
-        reference: whether the model runs forward once more, without adapters.
-    """  # fmt: skip
-    return flops.step_flops(
-        config, lengths, targets, method="full" if full else "lora", rank=rank, checkpointing=checkpointing,
-        causal=causal, attention_backward=attention_backward, reference=reference,
-    )  # fmt: skip
 
 
 def generation_seconds(

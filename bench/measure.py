@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.cases import NEW, PROMPT, WIDTH, Case
-from bench.floor import generation_seconds, matmul_rate, step_flops
+from bench.cases import NEW, PROMPT, RANK, WIDTH, Case
+from bench.floor import generation_seconds, matmul_rate
+from minitune.planning.flops import step_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRA_PEERS = ("litgpt", "torchtune")
@@ -226,8 +227,8 @@ def floor_seconds(case: Case, cache: Path, rates: dict[str, float]) -> float | N
     if case.kind == "dpo":
         lengths = [case.length] * 2 * case.batch
         targets = len(lengths) * (case.length - case.prompt)
-    full, reference = case.kind == "full", case.kind == "dpo"
-    flops = step_flops(config, lengths, targets, full=full, checkpointing=case.checkpointing, reference=reference)
+    flops = step_flops(config, lengths, targets, method="full" if case.kind == "full" else "lora", rank=RANK,
+                       checkpointing=case.checkpointing, reference=case.kind == "dpo")  # fmt: skip
     return flops / rate
 
 

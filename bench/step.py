@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.cases import SHAPES, Case
-from bench.floor import step_flops
+from bench.cases import RANK, SHAPES, Case
 from bench.measure import ROOT, Worker, WorkerError, judge
+from minitune.planning.flops import step_flops
 
 GPU = Case("step-llama-3-8b", "transformers + PEFT + bitsandbytes NF4", "bitsandbytes", "bfloat16", "qlora", batch=2,
            length=2048, checkpointing=True, shape="llama-3-8b", device="cuda", time_least=0.6,
@@ -106,12 +106,12 @@ def ratios(case: Case, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def flops(case: Case) -> float:
-    """Return the operations of one step, as `bench.floor` counts them."""
+    """Return the operations of one step, as `planning/flops.py` counts them."""
     from minitune.model.config import ModelConfig
 
     config = ModelConfig.from_hf({"model_type": "llama", **SHAPES[case.shape]})
-    return step_flops(config, [case.length] * case.batch, case.batch * (case.length - 1), full=False,
-                      checkpointing=case.checkpointing)  # fmt: skip
+    return step_flops(config, [case.length] * case.batch, case.batch * (case.length - 1), method="lora",
+                      rank=RANK, checkpointing=case.checkpointing)  # fmt: skip
 
 
 def table(case: Case, result: dict[str, Any]) -> str:

@@ -11,10 +11,11 @@ import torch
 
 from bench import __main__ as bench
 from bench import report
-from bench.cases import CASES, Case
-from bench.floor import generation_seconds, matmul_rate, step_flops
+from bench.cases import CASES, RANK, Case
+from bench.floor import generation_seconds, matmul_rate
 from bench.measure import disagreement, in_unit, judge, summary
 from bench.parts import part_of
+from minitune.planning.flops import step_flops
 
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}  # fmt: skip
@@ -42,7 +43,8 @@ def test_flops_equal_what_torch_counts_on_the_peer(full, checkpointing):
     ids = torch.randint(0, 96, (3, 20))
     with FlopCounterMode(display=False) as counter:
         model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    expected = step_flops(OURS, [20] * 3, 60, full=full, checkpointing=checkpointing, rank=4, causal=False,
+    method = "full" if full else "lora"
+    expected = step_flops(OURS, [20] * 3, 60, method=method, checkpointing=checkpointing, rank=4, causal=False,
                           attention_backward=4)  # fmt: skip
     if checkpointing and not full:  # PEFT then wants gradients of the embedding, and makes down_proj's result again
         expected += 2 * 60 * 32 * (32 + 16 + 16 + 3 * 4) + 2 * 2 * 60 * 48 * 32
@@ -51,9 +53,9 @@ def test_flops_equal_what_torch_counts_on_the_peer(full, checkpointing):
 
 def test_flops_of_the_standard_step_are_those_of_the_derivation():
     """4 x 256 on SmolLM2: 106.2M linear weights twice, the head twice, adapters, attention; 613 GFLOP by hand."""
-    flops = step_flops(SMOLLM2, [256] * 4, 1020, full=False)
+    flops = step_flops(SMOLLM2, [256] * 4, 1020, method="lora", rank=RANK)
     assert flops == pytest.approx(613e9, rel=0.01)
-    packed = step_flops(SMOLLM2, [128] * 8, 1020, full=False)
+    packed = step_flops(SMOLLM2, [128] * 8, 1020, method="lora", rank=RANK)
     assert flops - packed == pytest.approx(30 * 7 * 2 * 576 * (4 * 256 * 257 / 2 - 8 * 128 * 129 / 2))
 
 

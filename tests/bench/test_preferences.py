@@ -8,8 +8,8 @@ import torch
 
 from bench import __main__ as bench
 from bench.cases import CASES
-from bench.floor import step_flops
 from bench.worker import our_rounds, pairs
+from minitune.planning.flops import step_flops
 from tests.bench.test_bench import OURS, TINY, cache  # noqa: F401 - a fixture
 
 CASE = next(case for case in CASES if case.name == "dpo-fp32")
@@ -41,7 +41,7 @@ def test_the_floor_counts_what_torch_counts_on_the_peer():
         with torch.no_grad(), model.disable_adapter():
             reference = model(input_ids=ids, labels=ids, use_cache=False).loss
         (policy - reference).backward()
-    options = {"full": False, "rank": 4, "causal": False, "attention_backward": 4}
+    options = {"method": "lora", "rank": 4, "causal": False, "attention_backward": 4}
     assert counter.get_total_flops() == step_flops(OURS, [20] * 4, 80, reference=True, **options)
 
 
