@@ -166,6 +166,7 @@ def ask(read: Callable[[str], str]) -> Verdict:
             except ConfigError as error:
                 print(error, file=sys.stderr)
             except EOFError:
+                print()  # the question's own line ends here
                 raise ConfigError("the answers end here; in a script give them all with --answers") from None
 
     return decide(asked)
