@@ -59,7 +59,10 @@ def test_pairs_are_judged_in_both_orders(files, capsys):
 
 def test_a_server_that_fails_for_some_is_gone_on_with(files, capsys):
     calls = count()
-    flaky = lambda request: Answer(status=500) if next(calls) % 3 == 0 else honest(request)  # noqa: E731
+
+    def flaky(request):
+        return Answer(status=500) if next(calls) % 3 == 0 else honest(request)
+
     with chat_server(flaky) as server:
         options = ("--judge.journal", files / "journal.jsonl", "--judge.parallel", 1)
         found = judge(files, server, *options, code=1)

@@ -55,8 +55,9 @@ class World:
 
     def __post_init__(self):
         draw = random.Random(self.seed)
-        word = lambda: "".join(draw.choice("aeiou" if i % 2 else "bdfgklmnprst") for i in range(draw.randint(3, 6)))  # noqa: E731
-        self.words = list(dict.fromkeys(word() for _ in range(40)))
+        lengths = (draw.randint(3, 6) for _ in range(40))
+        words = ("".join(draw.choice("aeiou" if i % 2 else "bdfgklmnprst") for i in range(n)) for n in lengths)
+        self.words = list(dict.fromkeys(words))
         self.keys, self.values = self.words[:6], self.words[6:]
         self.answers = {key: " ".join(draw.sample(self.values, 2)) for key in self.keys}
 
