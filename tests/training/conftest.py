@@ -5,9 +5,11 @@ import json
 import os
 import random
 import signal
+import threading
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from minitune.reporting.journal import read_metrics
 from minitune.training.config import CheckpointConfig, EvaluationConfig, LoRAOptions, TrainConfig
@@ -77,6 +79,7 @@ def in_child(config, prepare=lambda: None):
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             torch.set_num_threads(torch.get_num_threads())  # a new pool after the fork, or loader threads race for it
+            tqdm.set_lock(threading.RLock())  # forks share the one it has: killed holding it, all would wait
             prepare()
             result = train(config)
             code = 128 + result.signal if result.signal else 0

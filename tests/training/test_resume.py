@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -118,6 +119,12 @@ def test_killed_inside_a_save(make_config, straight, place):
         assert not (config_folder(config) / "checkpoints" / "step-0000006").exists()
     assert outcome(train(resumed(config)).folder) == straight
     assert not list((config_folder(config) / "checkpoints").glob(".*")), "leftovers of the dead writer"
+
+
+def test_killed_while_it_prints(make_config, straight):
+    config = make_config()
+    assert wait(in_child(config, lambda: before_call(sys.stderr, "write", 5, lambda *_: die())())) == KILLED
+    assert outcome(train(resumed(config)).folder) == straight
 
 
 def test_killed_at_random_moments_again_and_again(make_config, straight):
