@@ -1,5 +1,6 @@
 """Mojibake: texts are spoiled as readers spoil them, so what they were is known; sound texts stay as they are."""
 
+import ftfy
 import pytest
 
 from minitune.curation.mojibake import find_mojibake, repair_mojibake
@@ -57,8 +58,7 @@ def test_the_first_place_is_shown_with_what_it_means():
 
 
 def test_ftfy_agrees():
-    """The package that is made for it, where it is installed: the same texts are broken, and mended alike."""
-    ftfy = pytest.importorskip("ftfy")
+    """The package that is made for it: the same texts are broken, and mended alike."""
     for text in SOUND:
         assert ftfy.fix_encoding(text) == text
         if ftfy.fix_encoding(windows(text)) == text:
