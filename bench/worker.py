@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import ALPHA, ANSWER, NEW, PROMPT, RANK, REVIEWS, ROW_LENGTH, ROW_POOL, SHAPES, WIDTH, Case
+from minitune.errors import keep_freed_memory
 
 
 class Channel:
@@ -336,7 +337,7 @@ def main() -> None:
     if side == "peer" and case.peer == "lora":
         side, case = "ours", dataclasses.replace(case, kind="lora")
     if side == "ours":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch loads, as every command of ours does
+        keep_freed_memory()  # as every command of ours does
     if case.medium:
         import torch
 

@@ -6,12 +6,15 @@ hide our own bugs behind a friendly line.
 """
 
 import atexit
+import ctypes
 import difflib
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt's names for them
 
 
 class MinituneError(Exception):
@@ -102,14 +105,27 @@ def _explain(error: BaseException) -> str | None:
     return None
 
 
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what is freed for the next tensor; elsewhere, or where it has other orders, do nothing.
+
+    By itself malloc maps blocks from 32 MB on singly, gives them back and, a step later, has the system clear new pages
+    for the same tensors: of full fine-tuning in fp32 (135M, 4 x 256, two threads) a fifth of the time, of LoRA 1 to 4%.
+    The peak of memory is within 2% of what it was. A setting of malloc in the environment (MALLOC_..., GLIBC_TUNABLES)
+    is left as it is.
+    """
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)) if mallopt else ():
+        mallopt(option, value)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a door's `main`, exit with its code; user errors become one line on stderr and exit code 2.
 
     Ctrl-C exits with 130, as shells expect. Anything else keeps its traceback: it is our defect.
-    Before `main` loads torch, torch is asked to use 2 MB pages for tensors on Linux: a LoRA step of a 135M model
-    in bf16 (4 x 256) takes 6 to 13% less time (`THP_MEM_ALLOC_ENABLE=0` in the environment turns it off).
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_freed_memory()
     try:
         code = main()
     except KeyboardInterrupt:

@@ -14,13 +14,12 @@ rejected: it needs the very memory that is in question, and does not say what ho
 
 What the process itself adds is two lines of their own, which no tensor explains; they were measured, not derived.
 `allocator` is what glibc's malloc keeps idle. For a tensor, aligned to 64 bytes, it looks for a block 96 bytes larger
-than the one that an equal tensor gave back, so what is freed between two tensors that stay often remains empty; blocks
-from 32 MiB on are mapped singly and given back. It is taken as half of the activations and a quarter of the gradients
-in smaller tensors (measured: 0.3 to 0.7 of the activations), and with checkpointing as 0.3 of what would be kept
-without: the inputs that stay lie between what is made and dropped layer by layer. With MALLOC_MMAP_THRESHOLD_=262144
-in the environment it is nearly 0, and a step takes longer. `library` is code and plans that the matmul library makes
-for each shape: 10 to 48 MB. With both, the growth of a process is met within 10% in 26 of 28 combinations and within
-16% in all (`python -m bench.ledger`); the worst is a GPT-NeoX in bf16, where malloc keeps twice as much idle. Torch and
+than the one that an equal tensor gave back, so what is freed between two tensors that stay often remains empty. It is
+taken as 0.45 of the activations and 0.15 of the gradients, and with checkpointing as 0.3 of what would be kept without:
+the inputs that stay lie between what is made and dropped layer by layer. With MALLOC_MMAP_THRESHOLD_=262144 in the
+environment it is nearly 0, and a step takes longer. `library` is code and plans that the matmul library makes for each
+shape: 10 to 48 MB. With both, the growth of a process is met within 10% in 27 of 28 combinations and within 14% in all
+(`python -m bench.ledger`); the worst is a GPT-NeoX with checkpointing. Torch and
 Python, 0.3 GB before a model is there, come on top.
 
 Not counted: a weight in fp32, which DoRA makes for the length of its rows, modules trained whole beside adapters,
@@ -28,7 +27,6 @@ loading, validation's samples. The count is of the references in `ops`; on a GPU
 time, attention keeps one number more a row and head, and the allocator is another: not measured.
 """
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -47,8 +45,7 @@ from minitune.ops.nf4 import NESTED_BLOCK
 from minitune.ops.rounding import POOL
 
 METHODS, OPTIMIZERS = ("full", "last_layers", "lora", "qlora"), ("adamw", "adamw8bit", "sgd")
-MAPPED = 32 << 20  # bytes of a block from which glibc's malloc maps it singly, and gives it back (mallopt(3))
-IDLE_ACTIVATIONS, IDLE_CHECKPOINTED, IDLE_GRADIENTS = 0.5, 0.3, 0.25
+IDLE_ACTIVATIONS, IDLE_CHECKPOINTED, IDLE_GRADIENTS = 0.45, 0.3, 0.15
 LIBRARY = 35_000_000
 
 
@@ -188,10 +185,11 @@ def ledger(
     adapters, joined = tokens * fixed.adapter_row, fixed.joined
     largest = max(map(sum, kept)) + adapters // len(kept)
     masks, layer_masks = _masks(config, dtype, batch_size, length, trained, packed)
-    idle = (IDLE_CHECKPOINTED if gradient_checkpointing else IDLE_ACTIVATIONS) * _unmapped(*kept, layer_masks)
+    idle = sum(map(sum, kept)) + sum(layer_masks)
+    idle *= IDLE_CHECKPOINTED if gradient_checkpointing else IDLE_ACTIVATIONS
     if gradient_checkpointing:
         kept, adapters, joined = [[inputs]] * len(kept), 0, 0
-    idle += 0 if fused_backward else IDLE_GRADIENTS * _unmapped(gradients)
+    idle += 0 if fused_backward else IDLE_GRADIENTS * sum(gradients)
     loss = _logits(config, dtype, tokens, bool(head)) + (head if preference else 0)
     return Ledger(
         weights=fixed.weights, codes=fixed.codes, scales=fixed.scales, adapters=fixed.adapters,
@@ -253,11 +251,6 @@ def _fixed(
         adapter_row=_adapters(adapters, dtype),
         joined=_joined(adapters),
     )
-
-
-def _unmapped(*sizes: Iterable[int]) -> int:
-    """Return the bytes of the tensors that malloc does not map singly."""
-    return sum(size for part in sizes for size in part if size < MAPPED)
 
 
 def _stored(shape: torch.Size, config: QuantizationConfig) -> tuple[int, int]:

@@ -345,11 +345,12 @@ def test_generation_holds_weights_and_the_cache(quantization):
     assert counted.weights == stored + room
 
 
-def test_what_malloc_keeps_idle_is_of_tensors_below_its_threshold(monkeypatch):
-    counted = ledger(TINY, "lora", BATCH, LENGTH)
-    monkeypatch.setattr(memory, "MAPPED", 0)
-    assert ledger(TINY, "lora", BATCH, LENGTH).allocator == 0 < counted.allocator
-    assert counted.resident == counted.total + counted.allocator + memory.LIBRARY
+def test_what_malloc_keeps_idle_is_of_what_comes_and_goes():
+    counted = {method: ledger(TINY, method, BATCH, LENGTH) for method in ("lora", "full")}
+    kept = counted["lora"].activations + counted["lora"].masks
+    assert 0.3 * kept < counted["lora"].allocator < memory.IDLE_ACTIVATIONS * kept + counted["lora"].gradients
+    assert counted["full"].allocator > counted["lora"].allocator, "there are more gradients"
+    assert counted["lora"].resident == counted["lora"].total + counted["lora"].allocator + memory.LIBRARY
 
 
 def two_steps(model, parameters, batch_size: int, length: int) -> None:
@@ -429,3 +430,21 @@ def test_nonsense_is_refused(arguments, message):
     method, batch_size, length, *kind = arguments
     with pytest.raises(ConfigError, match=message):
         ledger(TINY, method, batch_size, length, optimizer=kind[0] if kind else "adamw")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc is glibc's")
+@pytest.mark.parametrize("environment,kept", [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "262144"}, False)])
+def test_commands_keep_what_is_freed_but_where_the_environment_says_otherwise(environment, kept):
+    code = """
+from minitune.errors import keep_freed_memory
+from tests.test_memory import resident
+keep_freed_memory()
+before = resident("VmRSS")
+block = bytearray(1) * 100_000_000
+del block
+print(resident("VmRSS") - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | environment
+    )
+    assert (int(done.stdout) > 90e6) == kept

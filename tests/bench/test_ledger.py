@@ -51,7 +51,7 @@ def test_an_unknown_combination_is_refused(capsys):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read and reset as on Linux")
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_process_grows_as_predicted(name):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bench.ledger", "--one", name]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
