@@ -1,6 +1,6 @@
 """Answers from a server: OpenAI's chat-completions form over plain HTTP, as vLLM, llama.cpp and others serve it too.
 
-    POST {url}/chat/completions   {"model", "messages", "max_tokens", "temperature", "seed"?}
+    POST {url}/chat/completions   {"model", "messages", "max_tokens" or "max_completion_tokens", "temperature", "seed"?}
     200                           {"choices": [{"message": {"content"}, "finish_reason"}], ...}
 
 What comes back is a whole answer, a half one that says so, or an error. A body that ends before its Content-Length,
@@ -35,6 +35,8 @@ from minitune.strict_json import loads
 FIRST_WAIT = 1.0  # seconds before the first retry; each later one takes twice as long
 LONGEST_WAIT = 60.0  # seconds, whatever Retry-After says
 LARGEST_BODY = 8 << 20  # bytes of an answer
+
+LIMIT_NAMES = ("max_tokens", "max_completion_tokens")
 
 Conversation = list[dict[str, str]]
 
@@ -79,6 +81,8 @@ class Endpoint:
     """How often a request that failed for the moment is sent again."""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
+    limit_name: str = LIMIT_NAMES[0]
+    """What the server calls that; OpenAI's reasoning models, whose thoughts count, want max_completion_tokens."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int | None = None
@@ -98,6 +102,7 @@ class Endpoint:
             ("timeout", 0 < self.timeout <= threading.TIMEOUT_MAX, "above 0 (seconds)"),
             ("retries", self.retries >= 0, "0 or more"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("limit_name", self.limit_name in LIMIT_NAMES, " or ".join(LIMIT_NAMES)),
         ):
             if not good:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be {wanted}")
@@ -117,7 +122,7 @@ class Endpoint:
 
     def _ask(self, place: int, conversation: Conversation, stop: threading.Event) -> Reply:
         """Send one request, again where its failure may pass, and return the reply."""
-        body = {"model": self.model, "messages": conversation, "max_tokens": self.max_new_tokens,
+        body = {"model": self.model, "messages": conversation, self.limit_name: self.max_new_tokens,
                 "temperature": self.temperature}  # fmt: skip
         if self.seed is not None and self.temperature > 0:
             body["seed"] = derived_seed(self.seed, place, conversation) >> 32  # servers take 31 bits
@@ -181,6 +186,8 @@ class Endpoint:
         except (EndpointError, OSError, http.client.HTTPException):
             text = "no message"
         line = f"{self.url}: HTTP {error.code}: {_shown(text.replace(key, '***') if key else text)}"
+        if error.code == 400 and (other := next((n for n in LIMIT_NAMES if n != self.limit_name and n in text), None)):
+            line += f"; set limit_name to {other}"
         if error.code in (408, 429) or error.code >= 500:
             return _Passing(line, _retry_after(error.headers.get("Retry-After")))
         return EndpointError(line)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minitune.model.transformer import Transformer
     from minitune.text.tokenizer import Tokenizer
 
-REMOTE = ("key_variable", "timeout", "retries", "parallel")
+REMOTE = ("key_variable", "timeout", "retries", "parallel", "limit_name")
 
 
 def local_responder(
@@ -77,6 +77,8 @@ class ResponderOptions(ModelOptions):
     """With endpoint: how often a request that failed for the moment is sent again (default 4)."""
     parallel: int | None = None
     """With endpoint: requests under way at once (default 4)."""
+    limit_name: str | None = None
+    """With endpoint: what it calls the longest answer, max_tokens (default) or max_completion_tokens."""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
     temperature: float = 0.0

@@ -49,6 +49,18 @@ def test_the_request_is_the_form_that_servers_read():
     assert server.headers[0]["Content-Type"] == "application/json" and "Authorization" not in server.headers[0]
 
 
+def test_a_server_that_wants_the_length_by_its_other_name_is_told_of_and_gets_it():
+    """OpenAI's words for its reasoning models."""
+    words = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+    def answer(request):
+        return Answer(status=400, body={"error": {"message": words}}) if "max_tokens" in request else "Paris"
+
+    assert failure(answer).endswith(f"HTTP 400: {words}; set limit_name to max_completion_tokens")
+    replies, server = ask(answer, max_new_tokens=7, limit_name="max_completion_tokens")
+    assert replies == [Reply("Paris", True)] and server.requests[0]["max_completion_tokens"] == 7
+
+
 def test_seeds_are_the_requests_own_and_the_same_each_time():
     seeds = []
     for _ in range(2):
@@ -256,6 +268,7 @@ def test_the_first_failure_stops_the_rest(monkeypatch):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"parallel": 0}, "parallel is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"limit_name": "length"}, "limit_name is length; it must be max_tokens or max_completion_tokens"),
     ],
 )
 def test_options_without_meaning(options, expected):
