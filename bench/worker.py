@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import ALPHA, ANSWER, NEW, PROMPT, RANK, REVIEWS, ROW_LENGTH, ROW_POOL, SHAPES, WIDTH, Case
-from minitune.errors import keep_freed_memory
 
 
 class Channel:
@@ -336,7 +335,9 @@ def main() -> None:
     case = Case(**fields)
     if side == "peer" and case.peer == "lora":
         side, case = "ours", dataclasses.replace(case, kind="lora")
-    if side == "ours":
+    if side == "ours":  # imported here: peers with an environment of their own have no minitune in it
+        from minitune.errors import keep_freed_memory
+
         keep_freed_memory()  # as every command of ours does
     if case.medium:
         import torch

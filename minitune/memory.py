@@ -185,8 +185,7 @@ def ledger(
     adapters, joined = tokens * fixed.adapter_row, fixed.joined
     largest = max(map(sum, kept)) + adapters // len(kept)
     masks, layer_masks = _masks(config, dtype, batch_size, length, trained, packed)
-    idle = sum(map(sum, kept)) + sum(layer_masks)
-    idle *= IDLE_CHECKPOINTED if gradient_checkpointing else IDLE_ACTIVATIONS
+    idle = (IDLE_CHECKPOINTED if gradient_checkpointing else IDLE_ACTIVATIONS) * sum(map(sum, [*kept, layer_masks]))
     if gradient_checkpointing:
         kept, adapters, joined = [[inputs]] * len(kept), 0, 0
     idle += 0 if fused_backward else IDLE_GRADIENTS * sum(gradients)
