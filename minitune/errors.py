@@ -109,9 +109,9 @@ def keep_freed_memory() -> None:
     """Have glibc's malloc keep what is freed for the next tensor; elsewhere, or where it has other orders, do nothing.
 
     By itself malloc maps blocks from 32 MB on singly, gives them back and, a step later, has the system clear new pages
-    for the same tensors: of full fine-tuning in fp32 (135M, 4 x 256, two threads) a fifth of the time, of LoRA 1 to 4%.
-    The peak of memory is within 2% of what it was. A setting of malloc in the environment (MALLOC_..., GLIBC_TUNABLES)
-    is left as it is.
+    for the same tensors: of full fine-tuning (135M, 4 x 256, two threads) a tenth of the time, of LoRA up to 4%. The
+    peak of memory is up to 3% higher (`bench/NOTES.md`). A setting of malloc in the environment (MALLOC_...,
+    GLIBC_TUNABLES) is left as it is.
     """
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return

@@ -19,8 +19,8 @@ taken as 0.45 of the activations and 0.15 of the gradients, and with checkpointi
 the inputs that stay lie between what is made and dropped layer by layer. With MALLOC_MMAP_THRESHOLD_=262144 in the
 environment it is nearly 0, and a step takes longer. `library` is code and plans that the matmul library makes for each
 shape: 10 to 48 MB. With both, the growth of a process is met within 10% in 27 of 28 combinations and within 14% in all
-(`python -m bench.ledger`); the worst is a GPT-NeoX with checkpointing. Torch and
-Python, 0.3 GB before a model is there, come on top.
+(`python -m bench.ledger`); the worst is a GPT-NeoX with checkpointing. Torch and Python, 0.3 GB
+before a model is there, come on top.
 
 Not counted: a weight in fp32, which DoRA makes for the length of its rows, modules trained whole beside adapters,
 loading, validation's samples. The count is of the references in `ops`; on a GPU the loss makes 256 MiB of logits at a

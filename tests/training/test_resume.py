@@ -123,7 +123,7 @@ def test_killed_inside_a_save(make_config, straight, place):
 
 def test_killed_while_it_prints(make_config, straight):
     config = make_config()
-    assert wait(in_child(config, lambda: before_call(sys.stderr, "write", 5, lambda *_: die())())) == KILLED
+    assert wait(in_child(config, before_call(sys.stderr, "write", 5, lambda *_: die()))) == KILLED
     assert outcome(train(resumed(config)).folder) == straight
 
 
