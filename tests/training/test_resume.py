@@ -138,7 +138,8 @@ def test_killed_at_random_moments_again_and_again(make_config, straight):
         kills += 1
         if wait(pid) != KILLED:
             break
-    assert outcome(train(resumed(config)).folder) == straight
+    begun = (config_folder(config) / "config.yaml").exists()  # on a busy machine, all may have died before that
+    assert outcome(train(resumed(config) if begun else config).folder) == straight
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
