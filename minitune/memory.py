@@ -285,8 +285,7 @@ def _kept(config: ModelConfig, dtype: torch.dtype, layer: int) -> list[int]:
 
     Both residuals, q, k, v, o_proj's input, gate and up as one, the norms' numbers (RMSNorm one in fp32, LayerNorm
     two). Norms of q and k keep their inputs, which lie in one tensor with v, and norms after attention and MLP theirs.
-    Torch's own attention also keeps a number a head and its output, which lies as q does: heads first after rope, so
-    that o_proj's input is a copy.
+    Torch's own attention also keeps a number a head.
     """
     D, F, queries, keys = _widths(config)
     turned, norms, own = config.layer_rope(layer) is not None, 2, 0
@@ -300,7 +299,7 @@ def _kept(config: ModelConfig, dtype: torch.dtype, layer: int) -> list[int]:
         sizes += [queries, keys, keys] if turned else [queries + 2 * keys]
     sizes += [queries, 2 * F if config.gated else F]
     if not _blocked(config, dtype):
-        sizes, own = sizes + [queries] * turned, 4 * config.num_heads
+        own = 4 * config.num_heads
     numbers = norms * (4 if config.norm == "rms" else 2 * dtype.itemsize)
     return [*(size * dtype.itemsize for size in sizes), numbers + own]
 

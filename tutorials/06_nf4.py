@@ -353,7 +353,7 @@ text = (
 ids = torch.tensor([tokenizer.encode(text)])  # (B, T)
 caught = {}
 hook = model.model.layers[-1].mlp.down_proj.register_forward_pre_hook(
-    lambda module, inputs: caught.update(x=inputs[0].value)
+    lambda module, inputs: caught.update(x=inputs[0].make())
 )
 
 

@@ -117,6 +117,7 @@ def _project_any(x: torch.Tensor | Remade, layers: tuple[Linear, ...]) -> tuple[
     present = [lora for lora in loras if lora is not None]
     dropout = max((lora.dropout for lora in present if lora.training), default=0.0)
     if any(lora.magnitude is not None or lora.A0 is not None and dropout for lora in present):
+        x = x.make() if isinstance(x, Remade) else x
         return tuple(_project_alone(x, layer, lora) for layer, lora in zip(layers, loras, strict=True))
     adapters = [None if lora is None else Adapter(*lora.factors(), lora.scaling) for lora in loras]
     return projections(
@@ -126,7 +127,7 @@ def _project_any(x: torch.Tensor | Remade, layers: tuple[Linear, ...]) -> tuple[
 
 def _project_rows(x, layers: tuple[Linear, ...], groups: list[tuple[str, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
     """Apply the layers to a batch whose rows have different adapters: W once for all, then each group's update."""
-    x = x.value if isinstance(x, Remade) else x
+    x = x.make() if isinstance(x, Remade) else x
     weights, biases = [layer.stored_weight for layer in layers], [layer.bias for layer in layers]
     parts = projections(x, weights, biases, [None] * len(layers))
     for name, rows in groups:
@@ -137,9 +138,8 @@ def _project_rows(x, layers: tuple[Linear, ...], groups: list[tuple[str, torch.T
     return parts
 
 
-def _project_alone(x: torch.Tensor | Remade, layer: Linear, lora: LoRA | None) -> torch.Tensor:
+def _project_alone(x: torch.Tensor, layer: Linear, lora: LoRA | None) -> torch.Tensor:
     """Apply one layer with an update that is not the plain one of `projections`."""
-    x = x.value if isinstance(x, Remade) else x
     (y,) = projections(x, [layer.stored_weight], [layer.bias], [None])
     return y if lora is None else _updated(y, x, layer, lora)
 

@@ -44,16 +44,19 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Remade:
-    """An input of projections that is not kept for the backward pass but made again from `inputs`."""
+    """An input of projections that is made when they are, and again in the backward pass; it is not kept between."""
 
     function: Callable[..., torch.Tensor]
     inputs: tuple[torch.Tensor, ...]
-    value: torch.Tensor
 
     @classmethod
     def of(cls, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> "Remade":
-        """Apply `function`, which must be deterministic, and remember how."""
-        return cls(function, inputs, function(*inputs))
+        """Remember how to make it; `function` must be deterministic."""
+        return cls(function, inputs)
+
+    def make(self) -> torch.Tensor:
+        """Apply the function."""
+        return self.function(*self.inputs)
 
 
 def stacked(weights: list[torch.Tensor]) -> torch.Tensor | None:
@@ -236,7 +239,7 @@ def projections(
     """
     recipe = None
     if isinstance(x, Remade):
-        recipe, x = (x.function, tuple(part.detach() for part in x.inputs)), x.value
+        recipe, x = (x.function, tuple(part.detach() for part in x.inputs)), x.make()
     present = [adapter for adapter in adapters if adapter is not None]
     factors = [factor for adapter in present for factor in (adapter.A, adapter.B)]
     tracked = torch.is_grad_enabled() and any(

@@ -37,10 +37,10 @@ def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[t
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
-    """Turn x (B, T, H, d) by +-angle; products are fp32, rounded once. The result lies as (B, H, T, d) in memory."""
-    batch, length, heads, width = x.shape
+    """Turn x (B, T, H, d) by +-angle; products are fp32, rounded once."""
+    width = x.shape[-1]
     first, second = widen(x).split(width // 2, dim=-1)
-    out = torch.empty(batch, heads, length, width, dtype=x.dtype, device=x.device).transpose(1, 2)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out[..., : width // 2] = (first * cos).addcmul_(second, sin, value=-sign)
     out[..., width // 2 :] = (second * cos).addcmul_(first, sin, value=sign)
     return out
@@ -58,14 +58,10 @@ class _Rope(torch.autograd.Function):
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the first r elements of the heads of x (B, T, H, d) by tables (B, T, 1, r/2); returns a new (B, T, H, d).
-
-    The result's memory is laid out heads first, as attention reads it.
-    """
+    """Turn the first r elements of the heads of x (B, T, H, d) by tables (B, T, 1, r/2); returns a new (B, T, H, d)."""
     width = 2 * cos.shape[-1]
     if width < x.shape[-1]:  # partial rotary embedding: the rest of the head carries no position
-        parts = apply_rope(x[..., :width], cos, sin), x[..., width:]
-        return torch.cat([part.transpose(1, 2) for part in parts], dim=-1).transpose(1, 2)
+        return torch.cat((apply_rope(x[..., :width], cos, sin), x[..., width:]), dim=-1)
     if x.is_cuda and (turn := kernel("rope.apply_rope", x, cos, sin)):
         return turn(x, cos, sin)
     return _Rope.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _turn(x, cos, sin, 1)
