@@ -39,7 +39,7 @@ from minitune.model.lora import add_lora, linear_modules
 from minitune.model.trainable import train_all, train_last_layers
 from minitune.model.transformer import Transformer
 from minitune.ops.adamw8bit import BLOCK_SIZE, keeps_8_bits
-from minitune.ops.attention import BLOCK
+from minitune.ops.attention import block_size
 from minitune.ops.cross_entropy import CHUNK, SPAN
 from minitune.ops.nf4 import NESTED_BLOCK
 from minitune.ops.rounding import POOL
@@ -74,7 +74,7 @@ class Ledger:
     activations: int
     """What the forward pass keeps for the backward pass."""
     masks: int
-    """Who sees whom in packed rows and in windows: a byte a pair of tokens, and in fp32 4 more in each layer."""
+    """Who sees whom in packed rows and in windows: a byte a pair of tokens."""
     loss_room: int
     """Logits of a chunk of rows, and copies of the hidden states."""
     layer_room: int
@@ -184,8 +184,7 @@ def ledger(
     kept = [[tokens * width for width in _kept(config, dtype, layer)] for layer in trained]
     adapters, joined = tokens * fixed.adapter_row, fixed.joined
     largest = max(map(sum, kept)) + adapters // len(kept)
-    masks, layer_masks = _masks(config, dtype, batch_size, length, trained, packed)
-    idle = (IDLE_CHECKPOINTED if gradient_checkpointing else IDLE_ACTIVATIONS) * sum(map(sum, [*kept, layer_masks]))
+    idle = (IDLE_CHECKPOINTED if gradient_checkpointing else IDLE_ACTIVATIONS) * sum(map(sum, kept))
     if gradient_checkpointing:
         kept, adapters, joined = [[inputs]] * len(kept), 0, 0
     idle += 0 if fused_backward else IDLE_GRADIENTS * sum(gradients)
@@ -197,7 +196,7 @@ def ledger(
         gradients=max(gradients) if fused_backward else sum(gradients),
         early_gradients=head + (sum(gradients) if accumulation_steps > 1 else 0),
         activations=tokens * _outside(config, dtype, bool(head)) + sum(map(sum, kept)) + adapters + joined,
-        masks=masks + (max(layer_masks, default=0) if gradient_checkpointing else sum(layer_masks)),
+        masks=_masks(config, batch_size, length, packed),
         loss_room=3 * inputs + (0 if config.reward else loss),
         layer_room=_layer_room(config, dtype, batch_size, length)
         + (largest - inputs if gradient_checkpointing else 0),
@@ -275,20 +274,14 @@ def _widths(config: ModelConfig) -> tuple[int, int, int, int]:
             config.num_kv_heads * config.head_dim)  # fmt: skip
 
 
-def _blocked(config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Tell whether attention's backward pass is made here, a block of queries at a time (`ops/attention.py`)."""
-    return dtype == torch.bfloat16 or config.attention_softcap is not None
-
-
 def _kept(config: ModelConfig, dtype: torch.dtype, layer: int) -> list[int]:
     """Return the bytes a token of each tensor that a layer keeps.
 
     Both residuals, q, k, v, o_proj's input, gate and up as one, the norms' numbers (RMSNorm one in fp32, LayerNorm
     two). Norms of q and k keep their inputs, which lie in one tensor with v, and norms after attention and MLP theirs.
-    Torch's own attention also keeps a number a head.
     """
     D, F, queries, keys = _widths(config)
-    turned, norms, own = config.layer_rope(layer) is not None, 2, 0
+    turned, norms = config.layer_rope(layer) is not None, 2
     sizes = [D] if config.parallel_residual else [D, D]
     if config.norm_placement != "before":
         sizes, norms = [*sizes, D, D], 4 if config.norm_placement == "around" else 2
@@ -298,10 +291,8 @@ def _kept(config: ModelConfig, dtype: torch.dtype, layer: int) -> list[int]:
     else:
         sizes += [queries, keys, keys] if turned else [queries + 2 * keys]
     sizes += [queries, 2 * F if config.gated else F]
-    if not _blocked(config, dtype):
-        own = 4 * config.num_heads
     numbers = norms * (4 if config.norm == "rms" else 2 * dtype.itemsize)
-    return [*(size * dtype.itemsize for size in sizes), numbers + own]
+    return [*(size * dtype.itemsize for size in sizes), numbers]
 
 
 def _adapters(adapters: dict[str, LoRA], dtype: torch.dtype) -> int:
@@ -332,17 +323,12 @@ def _outside(config: ModelConfig, dtype: torch.dtype, full: bool) -> int:
     return (3 if full else 2) * config.hidden_size * dtype.itemsize + numbers
 
 
-def _masks(
-    config: ModelConfig, dtype: torch.dtype, batch_size: int, length: int, trained: range, packed: bool
-) -> tuple[int, list[int]]:
-    """Return the bytes of the masks that layers share, and those that each layer that trains has of its own."""
-    pairs = batch_size * length * length
+def _masks(config: ModelConfig, batch_size: int, length: int, packed: bool) -> int:
+    """Return the bytes of the masks, which layers of one window share."""
     masked = packed or config.by_length  # else a row is one document, and no mask but a window's is needed
-    windows = [config.window(layer) for layer in range(config.num_layers)]
+    windows = {config.window(layer) for layer in range(config.num_layers)}
     needed = [masked or window is not None and window < length for window in windows]
-    shared = {window for window, need in zip(windows, needed, strict=True) if need}
-    own = 0 if _blocked(config, dtype) else pairs * dtype.itemsize  # torch turns bool into numbers to add
-    return len(shared) * pairs, [own for layer in trained if needed[layer]]
+    return sum(needed) * batch_size * length * length
 
 
 def _decode_room(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -363,14 +349,13 @@ def _logits(config: ModelConfig, dtype: torch.dtype, tokens: int, full: bool) ->
 def _layer_room(config: ModelConfig, dtype: torch.dtype, batch_size: int, length: int) -> int:
     """Return the bytes that the last layer's MLP or attention makes going back, less what is gone by then."""
     D, F, queries, keys = _widths(config)
-    tokens, block = batch_size * length, min(BLOCK, length)
+    tokens, block = batch_size * length, min(block_size(dtype), length)
     inner = 2 * F if config.gated else F
     unit, attention = tokens * (inner + F - D), tokens * (2 * (queries + keys - D) - inner)
-    if _blocked(config, dtype):  # three tensors of a block's scores (four with a cap), its queries and their gradients
-        windows = [config.window(layer) or length for layer in range(config.num_layers)]
-        seen = min(length, max(windows) + block)
-        scores = (3 if config.attention_softcap is None else 4) * seen
-        attention += batch_size * config.num_heads * block * (scores + 2 * config.head_dim)
+    windows = [config.window(layer) or length for layer in range(config.num_layers)]
+    seen = min(length, max(windows) + block)
+    scores = (3 if config.attention_softcap is None else 4) * seen  # tensors of a block's; its queries, their gradients
+    attention += batch_size * config.num_heads * block * (scores + 2 * config.head_dim)
     return max(unit, attention) * dtype.itemsize
 
 

@@ -297,10 +297,10 @@ def test_every_family_is_tried():
 
 @pytest.mark.parametrize("name", ["_masks", "_kept"])
 def test_a_forgotten_tensor_is_noticed(name, monkeypatch):
-    wrong = {"_masks": lambda *_: (0, []), "_kept": lambda *of: real(*of)[1:]}[name]
+    wrong = {"_masks": lambda *_: 0, "_kept": lambda *of: real(*of)[1:]}[name]
     real = getattr(memory, name)
     monkeypatch.setattr(memory, name, wrong)
-    assert part_of_saved("mistral", "lora", FP32, 1) < 0.99
+    assert part_of_saved("mistral", "lora", FP32, 1) < 1 - 0.003  # what the test above would not accept
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "olmo2"])

@@ -5,13 +5,14 @@ Which keys a token sees is an interval: token i sees itself and the `positions[i
 in each document), the sliding window, and the mask of padding (a padding token has position 0, sees only itself and is
 seen by nobody).
 
-Forward is torch's fused kernel. So is the backward pass, but for one case: in bf16 on a CPU torch's is up
-to 5x slower than matmuls on short rows (forward and backward of 16 rows of 64: 15.5 ms against 3.3; 4 of 256:
-13 against 10), so there it is made here, a block of queries at a time over the keys that block can see:
+Forward is torch's fused kernel. So is the backward pass on a GPU; on a CPU it is made here, a block of queries at a
+time over the keys that block can see:
     P = softmax(s Q K^T),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(dP P)),  dQ = s dS K,  dK = s dS^T Q
 With Gemma 2's soft-cap c the scores are c tanh(s Q K^T / c), which torch's kernel does not know, so both passes are
 made that way; dS is then also multiplied by 1 - tanh^2.
-Keeping P from the forward pass was rejected: it is 141 MB over 30 layers at 4 x 256.
+Torch's backward pass was rejected there: on two threads of an AMX processor a layer of 9 heads of 64 takes it (in
+brackets: this one) 15 ms (3) in bf16 at 8 x 128, 11 (5) at 4 x 256, 23 (18) at 1 x 1024, and in fp32 5.2 (4.5), 8.1
+(7.2), 28 (28); at 2 x 512 15 (12). Keeping P from the forward pass is 141 MB over 30 layers at 4 x 256.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-BLOCK = 128  # queries whose scores exist at a time in the backward pass
+BLOCK = 64  # queries whose scores exist at a time in the backward pass in fp32, twice as many in 16 bits
 GRAIN = 32  # keys; the matmul library keeps a plan for every shape, so there are to be few shapes
 
 
@@ -33,7 +34,7 @@ class Visibility:
     causal: bool
     """With no mask: True, a query sees itself and earlier; False, it sees all keys."""
     block_starts: tuple[int, ...] = ()
-    """First key that any query of each block of BLOCK queries sees, rounded down; empty: 0 for all."""
+    """First key that any of each BLOCK queries sees, rounded down; empty: 0 for all."""
 
 
 def visibility(positions: torch.Tensor, offset: int = 0, window: int | None = None) -> Visibility:
@@ -63,24 +64,34 @@ class _Block:
     end: int
     first: int
     last: int
-    hidden: torch.Tensor
-    """(B or 1, 1, n, S) bool, True where a query may not look."""
+    barrier: torch.Tensor | None
+    """What is added to the scores of the last keys, (B or 1, 1, n, keys): -inf where a query may not look, else 0."""
 
 
-def _blocks(queries: int, keys: int, seen: Visibility, device) -> Iterator[_Block]:
+def block_size(dtype: torch.dtype) -> int:
+    """Return how many queries' scores exist at a time."""
+    return BLOCK * max(1, 4 // dtype.itemsize)
+
+
+def _barrier(hidden: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return -inf where `hidden`, in like's dtype; adding it takes a quarter of the time of filling by a mask."""
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+
+
+def _blocks(queries: int, keys: int, seen: Visibility, like: torch.Tensor) -> Iterator[_Block]:
     """Cut the queries into blocks; those of a cache come after `keys - queries` earlier tokens."""
-    for start in range(0, queries, BLOCK):
-        end = min(start + BLOCK, queries)
-        first = seen.block_starts[start // BLOCK] if seen.block_starts else 0
+    size = block_size(like.dtype)
+    for start in range(0, queries, size):
+        end = min(start + size, queries)
+        first = min(seen.block_starts[start // BLOCK : -(-end // BLOCK)], default=0)
         last = end if seen.causal or seen.block_starts else keys
+        barrier = None
         if seen.mask is not None:
-            hidden = ~seen.mask[:, :, start:end, first:last]
-        elif seen.causal:
-            query = torch.arange(start, end, device=device)[:, None]
-            hidden = (torch.arange(first, last, device=device) > query)[None, None]
-        else:
-            hidden = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-        yield _Block(start, end, first, last, hidden)
+            barrier = _barrier(~seen.mask[:, :, start:end, first:last], like)
+        elif seen.causal:  # among themselves only: all of them see every earlier key
+            among = torch.ones(1, 1, end - start, end - start, dtype=torch.bool, device=like.device)
+            barrier = _barrier(among.triu_(1), like)
+        yield _Block(start, end, first, last, barrier)
 
 
 def _probabilities(q, keys, block: _Block, scale: float, softcap: float | None):
@@ -92,7 +103,8 @@ def _probabilities(q, keys, block: _Block, scale: float, softcap: float | None):
         bent = scores.div_(softcap).tanh_()
         scores = bent * softcap
     shape = batch, heads, block.end - block.start, block.last - block.first
-    scores.view(shape).masked_fill_(block.hidden, float("-inf"))
+    if block.barrier is not None:
+        scores.view(shape)[..., -block.barrier.shape[-1] :] += block.barrier
     return query, torch.softmax(scores, dim=-1), bent
 
 
@@ -105,7 +117,7 @@ def _blocked_output(q, k, v, seen: Visibility, scale: float, softcap: float | No
     """Return attention's output (B, H, T, d), made a block of queries at a time."""
     keys, values = _grouped(k, v)
     out = torch.empty_like(q)
-    for block in _blocks(q.shape[2], k.shape[2], seen, q.device):
+    for block in _blocks(q.shape[2], k.shape[2], seen, q):
         part = slice(block.first, block.last)
         _, probabilities, _ = _probabilities(q, keys[:, part], block, scale, softcap)
         mixed = torch.bmm(probabilities, values[:, part])
@@ -117,7 +129,7 @@ def _blocked_gradients(q, k, v, dout, seen: Visibility, scale: float, softcap: f
     """Return dQ, dK, dV of attention in the inputs' shapes and dtype."""
     keys, values = _grouped(k, v)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-    for block in _blocks(q.shape[2], k.shape[2], seen, q.device):
+    for block in _blocks(q.shape[2], k.shape[2], seen, q):
         part = slice(block.first, block.last)
         shares = dk[:, part], dv[:, part]
         mine = _block_gradients(q, keys[:, part], values[:, part], dout, block, scale, softcap, *shares)
@@ -181,7 +193,7 @@ def attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     whole = q.shape[2] == k.shape[2] and (seen.causal or seen.mask is not None)
-    slow = torch.is_grad_enabled() and q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    if softcap is not None or slow and whole:
+    tracked = torch.is_grad_enabled() and q.requires_grad
+    if softcap is not None or tracked and whole and q.device.type == "cpu":
         return _BlockedAttention.apply(q, k, v, seen, scale, softcap)
     return _fused(q, k, v, seen, scale)

@@ -38,12 +38,12 @@ def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[t
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
     """Turn x (B, T, H, d) by +-angle; products are fp32, rounded once."""
-    width = x.shape[-1]
-    first, second = widen(x).split(width // 2, dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out[..., : width // 2] = (first * cos).addcmul_(second, sin, value=-sign)
-    out[..., width // 2 :] = (second * cos).addcmul_(first, sin, value=sign)
-    return out
+    first, second = (wide := widen(x)).chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=wide.dtype, device=x.device)
+    turned_first, turned_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=turned_second).addcmul_(first, sin, value=sign)
+    return out.to(x.dtype)
 
 
 class _Rope(torch.autograd.Function):
