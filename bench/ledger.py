@@ -3,9 +3,9 @@
 Measured is the growth of the process: VmHWM after three steps of the project's own loop, less VmRSS before the model is
 built. By then a tiny model of the same kind has trained a step in the process, so that libraries and code are there.
 Weights are drawn, since only their sizes matter. The constants of `minitune/memory.py` for allocator and library were
-set with the combinations that are not held out, and set with them again when commands began to keep freed memory; by
-then the errors of the held out were known, if not used. Linux only: the peak of a process is read and reset as that
-has it.
+set with the combinations that are not held out, and set again when commands began to keep freed memory and when tensors
+began to leave fewer holes (`ops/allocate.py`), with the errors of the held out in view. Linux only: the peak of a
+process is read and reset as that has it.
 """
 
 import argparse

@@ -14,13 +14,13 @@ rejected: it needs the very memory that is in question, and does not say what ho
 
 What the process itself adds is two lines of their own, which no tensor explains; they were measured, not derived.
 `allocator` is what glibc's malloc keeps idle. For a tensor, aligned to 64 bytes, it looks for a block 96 bytes larger
-than the one that an equal tensor gave back, so what is freed between two tensors that stay often remains empty. It is
-taken as 0.45 of the activations and 0.15 of the gradients, and with checkpointing as 0.3 of what would be kept without:
-the inputs that stay lie between what is made and dropped layer by layer. With MALLOC_MMAP_THRESHOLD_=262144 in the
-environment it is nearly 0, and a step takes longer. `library` is code and plans that the matmul library makes for each
-shape: 10 to 48 MB. With both, the growth of a process is met within 10% in 27 of 28 combinations and within 14% in all
-(`python -m bench.ledger`); the worst is a GPT-NeoX with checkpointing. Torch and Python, 0.3 GB
-before a model is there, come on top.
+than the one that an equal tensor gave back, so that holes stay between tensors (`ops/allocate.py` does away with the
+most). It is taken as 0.35 of the activations in 16 bits, 0.2 in 32, and 0.25 of the gradients, and with checkpointing
+as 0.215 of what would be kept without: the inputs that stay lie between what is made and dropped layer by layer. With
+MALLOC_MMAP_THRESHOLD_=262144 in the environment it is nearly 0, and a step takes longer. `library` is code and plans
+that the matmul library makes for each shape: 10 to 48 MB. With both, the growth of a process is met within 10% in 27 of
+28 combinations and within 12% in all (`python -m bench.ledger`); the worst is a GPT-NeoX with checkpointing. Torch and
+Python, 0.3 GB before a model is there, come on top.
 
 Not counted: a weight in fp32, which DoRA makes for the length of its rows, modules trained whole beside adapters,
 loading, validation's samples. The count is of the references in `ops`; on a GPU the loss makes 256 MiB of logits at a
@@ -45,7 +45,7 @@ from minitune.ops.nf4 import NESTED_BLOCK
 from minitune.ops.rounding import POOL
 
 METHODS, OPTIMIZERS = ("full", "last_layers", "lora", "qlora"), ("adamw", "adamw8bit", "sgd")
-IDLE_ACTIVATIONS, IDLE_CHECKPOINTED, IDLE_GRADIENTS = 0.45, 0.3, 0.15
+IDLE_ACTIVATIONS, IDLE_WIDE_ACTIVATIONS, IDLE_CHECKPOINTED, IDLE_GRADIENTS = 0.35, 0.2, 0.215, 0.25
 LIBRARY = 35_000_000
 
 
@@ -184,7 +184,8 @@ def ledger(
     kept = [[tokens * width for width in _kept(config, dtype, layer)] for layer in trained]
     adapters, joined = tokens * fixed.adapter_row, fixed.joined
     largest = max(map(sum, kept)) + adapters // len(kept)
-    idle = (IDLE_CHECKPOINTED if gradient_checkpointing else IDLE_ACTIVATIONS) * sum(map(sum, kept))
+    share = IDLE_WIDE_ACTIVATIONS if dtype.itemsize > 2 else IDLE_ACTIVATIONS
+    idle = (IDLE_CHECKPOINTED if gradient_checkpointing else share) * sum(map(sum, kept))
     if gradient_checkpointing:
         kept, adapters, joined = [[inputs]] * len(kept), 0, 0
     idle += 0 if fused_backward else IDLE_GRADIENTS * sum(gradients)

@@ -11,6 +11,7 @@ processor: 0.37 ms forward and 0.69 ms backward, against 0.52 and 0.86 with a ne
 
 import torch
 
+from minitune.ops.allocate import passing
 from minitune.ops.backend import kernel
 from minitune.ops.precision import widen
 
@@ -25,10 +26,14 @@ def _scale(wide, eps):
 
 def _scaled(wide, scale, weight, offset, x):
     """Return (offset + weight) x scale in fp32's rounding or, without offset, weight n in that of x's dtype."""
-    normed = wide * scale if wide is x else wide.mul_(scale)
+    out = passing(x.shape, x)
+    normed = torch.mul(wide, scale, out=out) if wide is x else wide.mul_(scale)
     if offset:
-        return normed.mul_(widen(weight) + offset).to(x.dtype)
-    normed = normed.to(x.dtype)
+        normed.mul_(widen(weight) + offset)
+    if wide is not x:
+        normed = out.copy_(normed)
+    if offset:
+        return normed
     return normed.mul_(weight) if weight.dtype == x.dtype else normed * weight
 
 
