@@ -11,7 +11,7 @@ def passing(shape: torch.Size | tuple[int, ...], like: torch.Tensor) -> torch.Te
 
     For a tensor, aligned to 64 bytes, glibc's malloc (2.36) looks for a free block 96 bytes larger than what it takes
     then. So a tensor never lies where one of its size was dropped, and holes stay between the tensors that are kept: a
-    sixth of the memory of a LoRA step in fp32. Where the dropped one was a little longer, the next fits.
+    tenth of the memory of a LoRA step in fp32. Where the dropped one was a little longer, the next fits.
     """
     count = torch.Size(shape).numel()
     if like.device.type != "cpu" or count * like.itemsize < SMALL:

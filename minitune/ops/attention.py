@@ -104,7 +104,7 @@ def _probabilities(q, keys, block: _Block, scale: float, softcap: float | None):
         scores = bent * softcap
     shape = batch, heads, block.end - block.start, block.last - block.first
     if block.barrier is not None:
-        scores.view(shape)[..., -block.barrier.shape[-1] :] += block.barrier
+        scores.view(shape)[..., -block.barrier.shape[-1] :].add_(block.barrier)
     return query, torch.softmax(scores, dim=-1), bent
 
 
