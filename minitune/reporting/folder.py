@@ -18,7 +18,7 @@ import yaml
 
 from minitune import __version__
 from minitune.errors import ConfigError
-from minitune.files import atomic_file
+from minitune.files import atomic_file, clean_leftovers
 
 CONTENTS = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "tensorboard", "checkpoints",
             "adapter", "model", "report.md", "report.html", "loss.png", "facts.json", "outcome.json", "rows.json",
@@ -34,6 +34,8 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         return
     if folder.is_file():
         raise ConfigError(f"output {folder} is a file; name a folder")
+    for name in CONTENTS if folder.is_dir() else ():
+        clean_leftovers(folder / name)  # of a run that was killed while it wrote its first file
     foreign = [path.name for path in folder.iterdir() if path.name not in CONTENTS] if folder.is_dir() else []
     if (folder / "config.yaml").exists() and not overwrite:
         raise ConfigError(f"{folder} already holds a run; use --resume, --overwrite or another --output")
