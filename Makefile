@@ -18,7 +18,7 @@ inspect: $(VENV)/.train  ## say what a checkpoint, adapter or run is: make inspe
 	@$(RUN) -m minitune.inspect $(PATHS)
 
 test: $(VENV)/.test  ## run the tests (under 15 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 test-real: $(VENV)/.test  ## run the slow tests, on real weights
 	$(RUN) -m pytest -m real
