@@ -19,6 +19,7 @@ from minitune.errors import ConfigError, DataError, check_counts, nearest
 from minitune.model.adapter_set import check_names, chosen_rows
 from minitune.model.cache import KVCache
 from minitune.model.lora import hold_scales
+from minitune.model.single import single_pass
 from minitune.model.transformer import Transformer
 from minitune.ops.linear import projections
 from minitune.sampling import Sampling, next_tokens
@@ -283,6 +284,8 @@ def _generate_batch(
         hidden, cache = _read_prompts(model, list(prompts.values()), lengths, max_new_tokens, share)
     seen, uniforms = _seen(prompts, head), _uniforms(rows, max_new_tokens, seed).to(head.device)
     padded = len(set(lengths.tolist())) > 1
+    with chosen_rows(model, names and list(names.values())):
+        single = single_pass(model, cache) if len(rows) == 1 else None
     for step in range(max_new_tokens):
         (logits,) = projections(hidden[:, -1], [head], [None], [None])  # (B, V)
         tokens = next_tokens(model.capped(logits), sampling, seen, uniforms[:, step])
@@ -294,6 +297,9 @@ def _generate_batch(
             rows, keep = [rows[i] for i in going], torch.tensor(going, device=head.device)
             cache.select(keep)
             tokens, lengths, seen, uniforms = (tensor[keep] for tensor in (tokens, lengths, seen, uniforms))
+        if single is not None:
+            hidden = single(tokens[:, None])
+            continue
         positions = lengths[:, None] + step if padded else None
         with chosen_rows(model, names and [names[row] for row in rows]):
             hidden = model.hidden(tokens[:, None], positions=positions, cache=cache)

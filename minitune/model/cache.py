@@ -42,12 +42,16 @@ class KVCache:
 
         `length` itself moves once per forward pass (`advance`), after the last layer.
         """
-        end = self.length + key.shape[2]
-        if end > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} tokens; {end} were asked for")
+        end = self.end(key.shape[2])
         self.keys[layer][:, :, self.length : end] = key
         self.values[layer][:, :, self.length : end] = value
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def end(self, tokens: int) -> int:
+        """Return where `tokens` more would end; ValueError where there is no room for them."""
+        if self.length + tokens > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens; {self.length + tokens} were asked for")
+        return self.length + tokens
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more as stored."""
@@ -57,9 +61,7 @@ class KVCache:
         """Note the tokens that are read next, both (B, T); return whether all before them must be read again."""
         if self.tokens is None:
             return False
-        end = self.length + ids.shape[1]
-        if end > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} tokens; {end} were asked for")
+        end = self.end(ids.shape[1])
         self.tokens[:, :, self.length : end] = torch.stack((ids, positions))
         if self.length == 0:
             return False

@@ -276,7 +276,7 @@ class Transformer(nn.Module):
             (ids, places), offset = cache.restart(), 0
             positions = places
         context = Context.of(self.config, positions, places, offset)
-        h = self._embedded(ids, places)
+        h = self.embedded(ids, places)
         for layer in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(layer, h, context, cache, use_reentrant=False)
@@ -287,7 +287,7 @@ class Transformer(nn.Module):
         h = self.model.norm(h[:, -new:])
         return h if self.config.logits_scale == 1 else h / self.config.logits_scale
 
-    def _embedded(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def embedded(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Return the first hidden states (B, T, D) of ids at their positions, both (B, T)."""
         config, h = self.config, self.model.embed_tokens(ids)
         if config.embedding_scale != 1:

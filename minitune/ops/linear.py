@@ -100,7 +100,7 @@ def _room(count: int, like: torch.Tensor) -> torch.Tensor:
     return _rooms[key][:count]
 
 
-def _join_adapters(adapters, sizes, like):
+def join_adapters(adapters, sizes, like):
     """Concatenate the A's to (sum R, in) and lay s B on a block diagonal (sum out, sum R), in like's dtype.
 
     A projection without adapter has no rows in the first and zero rows in the second.
@@ -123,7 +123,7 @@ class _Projections(torch.autograd.Function):
         y = _base(flat, weights, biases, passing((len(flat), sizes[0]), flat) if count == 1 else None)
         u = None
         if factors:
-            a, b = _join_adapters(adapters, sizes, x)
+            a, b = join_adapters(adapters, sizes, x)
             u = (flat if keep is None else flat * keep) @ a.T  # (N, sum R)
             y.addmm_(u, b.T)
         function, inputs = recipe or (None, (flat,))
@@ -150,7 +150,7 @@ class _Projections(torch.autograd.Function):
         grads: list[torch.Tensor | None] = [None] * len(tensors)
         if factors:
             adapters = _adapters(ctx.scalings, factors)
-            a, b = _join_adapters(adapters, sizes, flat)
+            a, b = join_adapters(adapters, sizes, flat)
             du = dy @ b  # (N, sum R)
             if dx is not None:
                 dx = dx.addmm_(du, a) if keep is None else dx.add_((du @ a).mul_(keep))

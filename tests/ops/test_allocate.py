@@ -32,7 +32,8 @@ def fitted(kind: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="about glibc's malloc")
 def test_a_tensor_that_stays_fits_where_a_passing_one_lay():
-    assert fitted("passing") >= 6, f"and with plain tensors {fitted('plain')}"
+    # 4, 6 or 7 in 72 runs, by where the heap begins; 0 where nothing is spare
+    assert fitted("passing") >= 3 > fitted("plain") == 0
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (5, 7), (64, 512), torch.Size((2, 300, 40))])

@@ -31,6 +31,8 @@ Each number is the largest relative error |ours - theirs| / |theirs|, and the ba
 - **gradients**: of any parameter's, for a random projection of the logits;
 - **cached**: a prompt read in two parts into the cache, then token by token; each answer against transformers' pass,
   without a cache, over all tokens until there;
+- **one text**: the same for one text, whose tokens take the pass for one row (`model/single.py`) where rope does not
+  depend on the text's length;
 - **left padding**: the same for two rows of unequal length in one batch, against transformers' pass over each alone;
 - **gradients, fp64**: the gradients with both models cast to fp64, to tell arithmetic from rounding. transformers takes
   rope's angles in fp32 all the same, the engine in fp64, which at position {LENGTH} alone is about 1e-06 of a turn's

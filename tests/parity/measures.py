@@ -18,6 +18,7 @@ from minitune.model.cache import KVCache
 from minitune.model.config import LoRAConfig
 from minitune.model.lora import add_lora
 from minitune.model.names import checkpoint_name
+from minitune.model.single import single_pass
 from minitune.training.objectives import supervised
 from tests.parity.cases import CONTEXT, LENGTH, VOCABULARY, WINDOW, Case
 from tests.parity.twins import Twins, layer_outputs, our_gradients, their_forward, their_layers, token_ids, twins
@@ -93,6 +94,21 @@ def cached(pair: Twins) -> float:
         errors.append(apart(answer, expected(end)))
         start = end
     return worst(errors)
+
+
+@torch.no_grad()
+def alone(pair: Twins) -> float:
+    """The same for one text, whose new tokens take the pass for one row where there is a plan of it."""
+    ids = token_ids(rows=1)
+    expected, cache = _alone(pair, ids), KVCache(pair.config, 1, LENGTH)
+    hidden = pair.ours.eval().hidden(ids[:, : CONTEXT - 2], cache=cache)
+    step = single_pass(pair.ours, cache)
+    assert (step is None) == pair.config.by_length
+    step, errors = step or (lambda token: pair.ours.hidden(token, cache=cache)), []
+    for end in range(CONTEXT - 2, LENGTH):
+        errors.append(apart(pair.ours.logits(hidden[:, -1]), expected(end)))
+        hidden = step(ids[:, end : end + 1])
+    return worst([*errors, apart(pair.ours.logits(hidden[:, -1]), expected(LENGTH))])
 
 
 @torch.no_grad()
@@ -184,7 +200,7 @@ def lora_training(pair: Twins) -> float:
 
 
 QUICK = {"logits": logits, "hidden states": hidden_states, "gradients": gradients, "cached": cached,
-         "left padding": left_padded}  # fmt: skip
+         "one text": alone, "left padding": left_padded}  # fmt: skip
 MEASURES = QUICK | {
     "gradients, fp64": gradients_in_fp64,
     "20 full steps": full_training,

@@ -15,8 +15,9 @@ from unittest import mock
 import torch
 
 import minitune
-from minitune.model import transformer
+from minitune.model import single, transformer
 from minitune.model.cache import KVCache
+from minitune.model.config import ModelConfig
 from minitune.model.rope import Rope
 from minitune.training import objectives
 from tests.parity.cases import FAMILIES, ROPES, Case
@@ -211,6 +212,10 @@ class Patch:
 PATCHES = [
     Patch("window one too long in the cache alone", "Mistral 8/2, untied", "cached", transformer, "visibility",
           lambda right, p, offset, window: right(p, offset, window + bool(offset))),
+    Patch("rope turned back in the pass for one row", "Llama 3 8/2, untied", "one text", single, "_turn",
+          lambda right, x, cos, sin: right(x, cos, -sin)),
+    Patch("window one too long in the pass for one row", "Mistral 8/2, untied", "one text", ModelConfig, "window",
+          lambda right, config, layer: right(config, layer) + 1),
     Patch("keys of a shorter text kept", "rope: dynamic Llama", "cached", KVCache, "remember",
           lambda right, cache, ids, positions: False),
     Patch("keys of a shorter text kept", "Phi-3.5 8/2, untied", "cached", KVCache, "remember",
