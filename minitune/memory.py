@@ -80,7 +80,8 @@ class Ledger:
     layer_room: int
     """What the backward pass of a layer makes; with checkpointing its activations too."""
     step_room: int
-    """The embedding's own gradient where the head is tied to it and trains; random numbers for rounding to bf16."""
+    """The embedding's own gradient where the head is tied to it and trains; random numbers for rounding to bf16; of
+    paged moments the largest parameter's."""
     allocator: int
     """What malloc keeps idle between tensors on a CPU; measured."""
     library: int
@@ -117,7 +118,8 @@ class _Fixed:
     codes: int
     scales: int
     adapters: int
-    optimizer: int
+    moments: tuple[int, ...]
+    """Of each parameter that trains."""
     decode_room: int
     gradients: tuple[int, ...]
     """Of each parameter that trains."""
@@ -145,6 +147,7 @@ def ledger(
     quantization: QuantizationConfig | None = None,
     last_layers: int = 2,
     optimizer: str = "adamw",
+    paged: bool = False,
     accumulation_steps: int = 1,
     gradient_checkpointing: bool = False,
     fused_backward: bool = False,
@@ -164,6 +167,7 @@ def ledger(
         quantization: for qlora; None: the defaults.
         last_layers: for last_layers, how many.
         optimizer: adamw, adamw8bit or sgd.
+        paged: moments lie elsewhere, but for those of one parameter in a step.
         accumulation_steps: micro-batches of a step.
         gradient_checkpointing: keep the inputs of layers only, and make the rest again in the backward pass.
         fused_backward: update in the backward pass and drop each gradient.
@@ -192,7 +196,7 @@ def ledger(
     loss = _logits(config, dtype, tokens, bool(head)) + (head if preference else 0)
     return Ledger(
         weights=fixed.weights, codes=fixed.codes, scales=fixed.scales, adapters=fixed.adapters,
-        optimizer=fixed.optimizer, decode_room=fixed.decode_room,
+        optimizer=0 if paged else sum(fixed.moments), decode_room=fixed.decode_room,
         penalty={None: 0, "l2": fixed.start, "ewc": fixed.start + 2 * fixed.priced}[penalty],
         gradients=max(gradients) if fused_backward else sum(gradients),
         early_gradients=head + (sum(gradients) if accumulation_steps > 1 else 0),
@@ -201,11 +205,16 @@ def ledger(
         loss_room=3 * inputs + (0 if config.reward else loss),
         layer_room=_layer_room(config, dtype, batch_size, length)
         + (largest - inputs if gradient_checkpointing else 0),
-        step_room=(head if config.tie_embeddings else 0)
-        + (8 * POOL if method in ("full", "last_layers") and dtype == torch.bfloat16 else 0),
+        step_room=_step_room(config, method, dtype, head, fixed.moments if paged else ()),
         allocator=int(idle),
         library=LIBRARY,
     )  # fmt: skip
+
+
+def _step_room(config: ModelConfig, method: str, dtype: torch.dtype, head: int, paged: tuple[int, ...]) -> int:
+    """Return the bytes that the update itself needs; `paged` are the moments that it fetches, by parameter."""
+    noise = 8 * POOL if method in ("full", "last_layers") and dtype == torch.bfloat16 else 0
+    return (head if config.tie_embeddings else 0) + noise + max(paged, default=0)
 
 
 @lru_cache(maxsize=64)
@@ -240,7 +249,7 @@ def _fixed(
         codes=sum(codes for codes, _ in stored),
         scales=sum(scales for _, scales in stored),
         adapters=sum(part.nbytes for one in adapters.values() for part in (*one.parameters(), *one.buffers())),
-        optimizer=sum(_moments(optimizer, name, parameter) for name, parameter in trained.items()),
+        moments=tuple(_moments(optimizer, name, parameter) for name, parameter in trained.items()),
         decode_room=_decode_room(config, dtype) if packed else 0,
         gradients=tuple(parameter.nbytes for parameter in trained.values()),
         head=model.head_weight.nbytes if method == "full" and not config.reward else 0,

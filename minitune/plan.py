@@ -229,7 +229,7 @@ def shaped(train: TrainConfig, shape: Any, stored_in_4_bits: bool) -> "Run":
         dataclasses.replace(shape, reward=train.objective == "reward"), train.method, train.batch_size,
         train.max_length, train.dtype, lora=train.lora.adapter() if adapters else LoRAConfig(),
         quantization=train.quantization.config() if train.method == "qlora" else QuantizationConfig(),
-        last_layers=train.last_layers or 2, optimizer=train.optimizer.kind,
+        last_layers=train.last_layers or 2, optimizer=train.optimizer.kind, paged=train.optimizer.paged,
         accumulation_steps=train.accumulation_steps, gradient_checkpointing=train.gradient_checkpointing,
         fused_backward=train.fused_backward, packing=train.packing, documents=2 if pairs else 1,
         preference=train.objective != "sft", penalty=train.penalty.kind,

@@ -110,6 +110,16 @@ def test_fused_backward_holds_one_gradient():
     assert ledger(APART, "full", 3, 70, dtype=FP32, fused_backward=True).gradients == largest
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_paged_moments_take_the_room_of_the_largest_parameters(kind):
+    parameters = build(TINY, "full", FP32)[1]
+    kept = Optimizer(parameters, OptimizerConfig(kind, paged=True)).moments
+    largest = max(sum(tensor.nbytes for tensor in moments.values()) for moments in kept.values())
+    plain, paged = (ledger(TINY, "full", 3, 70, dtype=FP32, optimizer=kind, paged=one) for one in (False, True))
+    assert plain.optimizer > paged.optimizer == 0
+    assert paged.step_room - plain.step_room == largest
+
+
 def test_gradients_of_earlier_micro_batches_stay():
     once, thrice = (ledger(TINY, "lora", 3, 70, accumulation_steps=steps) for steps in (1, 3))
     assert once.early_gradients == 0

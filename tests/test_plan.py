@@ -57,6 +57,15 @@ def test_a_recipe_is_planned_and_options_go_over_it(tmp_path):
     assert merged(PlanConfig(recipe="dpo")).objective == "dpo"
 
 
+def test_paged_moments_of_a_recipe_are_counted(folder, tmp_path):
+    found = {}
+    for paged in ("false", "true"):
+        recipe = tmp_path / f"{paged}.yaml"
+        recipe.write_text(f"data: rows.jsonl\nmethod: full\noptimizer:\n  paged: {paged}\n")
+        found[paged] = plan(PlanConfig(folder, recipe=str(recipe)))["ledger"]["optimizer"]
+    assert found["false"] > found["true"] == 0
+
+
 def test_a_penalty_of_a_recipe_is_counted(folder):
     run = plan(PlanConfig(folder, recipe="ewc"))
     assert run["ledger"]["penalty"] > 0 == plan(PlanConfig(folder))["ledger"]["penalty"]

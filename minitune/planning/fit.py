@@ -95,7 +95,7 @@ def remedies(run: Run, memory: float, *, cpu: bool) -> list[Remedy]:
     None are returned where it fits as it is. One that saves nothing is left out.
     """
     needed, found = run.needed(cpu), []
-    for change, cost, changed in _changes(run):
+    for change, cost, changed in _changes(run, cpu):
         if needed <= memory:
             break
         tried = dataclasses.replace(run, **changed(run))
@@ -106,7 +106,7 @@ def remedies(run: Run, memory: float, *, cpu: bool) -> list[Remedy]:
     return found
 
 
-def _changes(run: Run) -> Iterator[tuple[Callable[[Run], str], str, Callable[[Run], dict]]]:
+def _changes(run: Run, cpu: bool) -> Iterator[tuple[Callable[[Run], str], str, Callable[[Run], dict]]]:
     """Yield each change: its option, its cost, and the fields that it makes."""
     yield (
         lambda now: f"--batch_size {now.batch_size} --accumulation_steps {now.accumulation_steps}",
@@ -126,6 +126,11 @@ def _changes(run: Run) -> Iterator[tuple[Callable[[Run], str], str, Callable[[Ru
             lambda now: "--optimizer adamw8bit", "moments in 8 bits: hardly to be seen in the loss",
             lambda now: {"optimizer": "adamw8bit"} if now.optimizer == "adamw" else {},
         )  # fmt: skip
+        if not cpu:
+            yield (
+                lambda now: "--optimizer.paged true", "the same numbers; each step waits for its moments",
+                lambda now: {"paged": now.optimizer != "sgd"},
+            )  # fmt: skip
         yield (
             lambda now: "--fused_backward --accumulation_steps 1 --optimizer.max_grad_norm null",
             "no accumulation, so smaller steps, and no clipping",
@@ -133,7 +138,7 @@ def _changes(run: Run) -> Iterator[tuple[Callable[[Run], str], str, Callable[[Ru
         )  # fmt: skip
         yield (
             lambda now: "--method lora", "adapters in place of all weights: enough for most tasks",
-            lambda now: {"method": "lora", "fused_backward": False},
+            lambda now: {"method": "lora", "fused_backward": False, "paged": run.paged},
         )  # fmt: skip
     if run.method in ("full", "lora"):
         yield (

@@ -2,10 +2,10 @@
 
     seconds of a step = operations / (peak rate x share of it) + bytes that the update moves / bandwidth
 
-The update reads and writes each weight, gradient and moment once, which no matmul hides.
+The update reads and writes each weight, gradient and moment once, which no matmul hides; paged moments cross the bus.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,8 @@ PROCESS, COMPILER = 300_000_000, 160_000_000
 (torch 2.13, Linux)."""
 MARGIN = 1.1
 """On a GPU the count is taken times this: for its context and its allocator's rounding; not measured."""
+BUS = 25e9
+"""Bytes a second each way between computer and GPU, for paged moments: of PCIe 4's 32e9 with 16 lanes; not measured."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Run:
     quantization: QuantizationConfig = QuantizationConfig()
     last_layers: int = 2
     optimizer: str = "adamw"
+    paged: bool = False
     accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     fused_backward: bool = False
@@ -69,16 +72,17 @@ class Run:
         return ledger(
             self.config, self.method, *self.rows, dtype=getattr(torch, self.dtype), lora=self.lora,
             quantization=self.quantization, last_layers=self.last_layers, optimizer=self.optimizer,
-            accumulation_steps=self.accumulation_steps, gradient_checkpointing=self.gradient_checkpointing,
-            fused_backward=self.fused_backward, packed=self.packing, preference=self.preference,
-            penalty=self.penalty,
+            paged=self.paged, accumulation_steps=self.accumulation_steps,
+            gradient_checkpointing=self.gradient_checkpointing, fused_backward=self.fused_backward,
+            packed=self.packing, preference=self.preference, penalty=self.penalty,
         )  # fmt: skip
 
     def needed(self, cpu: bool) -> int:
         """Return the bytes to have: of the process on a CPU, of the device's memory elsewhere."""
-        counted = self.ledger()
+        if not cpu:
+            return int(self.ledger().total * MARGIN)
         beside = PROCESS + (COMPILER if self.gradient_checkpointing else 0)
-        return counted.resident + beside if cpu else int(counted.total * MARGIN)
+        return replace(self, paged=False).ledger().resident + beside  # there are no pages on a CPU
 
     def flops(self) -> float:
         """Return the operations of an optimiser step with full rows, each of one document and every token a target."""
@@ -91,9 +95,10 @@ class Run:
 
     def step_seconds(self, device: Device) -> tuple[float, float]:
         """Return the least and the most seconds that a step is expected to take; ConfigError without such units."""
-        counted = self.ledger()
+        counted = replace(self, paged=False).ledger()
         trained = counted.weights if self.fused_backward else counted.gradients  # of those with it only one exists
         update = 2 * (counted.optimizer + 2 * trained) / device.bandwidth
+        update += 2 * counted.optimizer / BUS if self.paged else 0
         least, most = device.shares(self.dtype)
         peak = self.flops() / device.rate(self.dtype)
         return peak / most + update, peak / least + update

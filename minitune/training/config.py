@@ -50,6 +50,8 @@ class OptimizerConfig:
     """Decoupled decay of matrices; norms and biases are never decayed."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this global norm; null switches clipping off."""
+    paged: bool = False
+    """On a GPU: keep moments in the computer's memory, and fetch each parameter's for its update (not for sgd)."""
 
     def __post_init__(self):
         """Refuse values without meaning."""
@@ -57,6 +59,7 @@ class OptimizerConfig:
         for name in ("betas", "eps"):
             good = self.kind != "sgd" or getattr(self, name) is None
             _require(good, f"optimizer.{name}", getattr(self, name), "left out: sgd has no moments")
+        _require(not self.paged or self.kind != "sgd", "optimizer.paged", True, "left out: sgd has no moments")
         good = self.betas is None or all(0 <= b < 1 for b in self.betas)
         _require(good, "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _require(0 <= self.weight_decay < 1, "optimizer.weight_decay", self.weight_decay, "in [0, 1)")

@@ -14,11 +14,17 @@ adamw8bit  `ops/adamw8bit.py`: moments in 2.03 bytes a parameter. Embeddings, an
            fp32 moments.
 sgd        w <- w - a (g + d w): no state at all.
 
+With `paged` the moments lie in the computer's page-locked memory, and the GPU holds those of one parameter at a time,
+while it is updated (Dettmers et al. 2023, section 3, where the driver moves them as memory runs short). The numbers are
+the same; a step waits for twice the moments' bytes over the bus.
+
 With `fused_backward` each parameter is updated in the backward pass, as soon as its gradient is whole, and the gradient
 is dropped (Lv et al. 2023, LOMO, section 3.1): all gradients never exist together. The weight of the window has to be
 known by then, so a window is one micro-batch, and there is no clipping by a norm that nobody knows yet.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -50,6 +56,8 @@ class Optimizer:
         self.parameters, self.config, self.plus_ratio = parameters, config, plus_ratio
         self.betas, self.eps = config.betas or ADAM["betas"], config.eps or ADAM["eps"]
         self.moments = {name: self._zero_moments(name, p) for name, p in parameters.items()}
+        if config.paged:
+            self.moments = {n: {f: _page(t) for f, t in moments.items()} for n, moments in self.moments.items()}
         self.steps = 0
         self.scale = 1.0  # what remains to be multiplied into bf16 gradients
         self.noise: torch.Tensor | None = None
@@ -115,7 +123,7 @@ class Optimizer:
         together: dict[tuple[float, float], list[str]] = {}
         for name, parameter in self.parameters.items() if not self.fused_backward else ():
             rate_and_decay = self._rate_and_decay(name, learning_rate)
-            if self.config.kind == "adamw" and parameter.dtype == torch.float32:
+            if self.config.kind == "adamw" and parameter.dtype == torch.float32 and not self.config.paged:
                 together.setdefault(rate_and_decay, []).append(name)
             else:
                 self._step_one(name, *rate_and_decay)
@@ -134,8 +142,25 @@ class Optimizer:
         return learning_rate * ratio, self.config.weight_decay if decays else 0.0
 
     def _step_one(self, name: str, rate: float, decay: float) -> None:
+        with self._fetched(name) as moments:
+            self._update(name, moments, rate, decay)
+
+    @contextmanager
+    def _fetched(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
+        """Give a parameter's moments, where they are paged on the parameter's device until the block ends."""
+        kept = self.moments[name]
+        if not self.config.paged:
+            yield kept
+            return
+        device = self.parameters[name].device
+        moments = {field: tensor.to(device, copy=True, non_blocking=True) for field, tensor in kept.items()}
+        yield moments
+        for field, tensor in moments.items():  # in the order of the stream, so before the next step fetches them
+            kept[field].copy_(tensor, non_blocking=True)
+
+    def _update(self, name: str, moments: dict[str, torch.Tensor], rate: float, decay: float) -> None:
         """Update one parameter and its moments, slice by slice, in fp32."""
-        parameter, moments = self.parameters[name], self.moments[name]
+        parameter = self.parameters[name]
         narrow = parameter.dtype == torch.bfloat16
         scale = self.scale if narrow else 1.0
         if "exp_avg_absmax" in moments:
@@ -179,6 +204,8 @@ class Optimizer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return all state as named tensors: `step`, and `NAME.exp_avg` and the like."""
+        if self.config.paged and torch.cuda.is_available():
+            torch.cuda.synchronize()  # until all are back in the computer's memory
         named = {f"{n}.{field}": tensor for n, moments in self.moments.items() for field, tensor in moments.items()}
         return {"step": torch.tensor(self.steps), **named}
 
@@ -189,6 +216,11 @@ class Optimizer:
         for name, moments in self.moments.items():
             for field, tensor in moments.items():
                 tensor.copy_(tensors[f"{name}.{field}"])
+
+
+def _page(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in the computer's memory, page-locked where the tensor is on a GPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:

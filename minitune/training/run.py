@@ -126,6 +126,8 @@ def _set_up(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     if config.backend != "auto":
         set_backend(config.backend)
     device = choose_device(config.device)
+    if config.optimizer.paged and device.type == "cpu":
+        raise ConfigError("optimizer.paged moves moments off a GPU; on a CPU they are there already, leave it out")
     return device, choose_dtype(config.dtype, device)
 
 

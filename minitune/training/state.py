@@ -37,7 +37,7 @@ FILES = ("weights", "optimizer", "window")
 # Options that may change when a run goes on: they do not touch the numbers.
 NEUTRAL = {"data", "validation", "model", "adapter", "output", "evaluation.samples", "evaluation.sample_tokens",
            "evaluation.general", "evaluation.general_tokens", "require",
-           "checkpoint.every_steps", "checkpoint.keep", "preference.reference_cache", "penalty.text",
+           "checkpoint.every_steps", "checkpoint.keep", "preference.reference_cache", "penalty.text", "optimizer.paged",
            "penalty.fisher_cache", "device", "backend", "threads", "resume", "overwrite"}  # fmt: skip
 
 

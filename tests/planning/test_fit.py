@@ -50,11 +50,12 @@ def test_no_memory_fits_nothing():
 def test_remedies_are_tried_in_order_until_it_fits():
     assert remedies(RUN, RUN.needed(False), cpu=False) == []
     every = remedies(RUN, 1, cpu=False)
-    order = ["batch_size", "gradient_checkpointing", "dtype", "optimizer", "fused_backward", "method lora",
-             "method qlora", "max_length"]  # fmt: skip
+    order = ["batch_size", "gradient_checkpointing", "dtype", "optimizer adamw8bit", "optimizer.paged",
+             "fused_backward", "method lora", "method qlora", "max_length"]  # fmt: skip
     at = [next(place for place, name in enumerate(order) if f"--{name}" in one.change) for one in every]
     assert at == sorted(at) and len(set(at)) > 5
     assert all(before.needed > after.needed for before, after in pairwise(every))
+    assert 4 in at and not any("paged" in one.change for one in remedies(RUN, 1, cpu=True))
     enough = remedies(RUN, every[2].needed, cpu=False)
     assert enough == every[:3]
 
@@ -72,6 +73,13 @@ def test_a_change_that_saves_nothing_is_not_made():
     assert halved.needed(False) > run.needed(False)
     first = remedies(run, 1, cpu=False)[0]
     assert "--batch_size" not in first.change and first.needed < run.needed(False)
+
+
+def test_paged_moments_cross_the_bus_and_are_in_memory_on_a_cpu():
+    paged, moments = dataclasses.replace(RUN, paged=True), RUN.ledger().optimizer
+    before, after = (run.step_seconds(device("H100-SXM")) for run in (RUN, paged))
+    assert after[0] - before[0] == pytest.approx(after[1] - before[1]) == pytest.approx(2 * moments / 25e9)
+    assert paged.needed(True) == RUN.needed(True) and paged.needed(False) < RUN.needed(False)
 
 
 @pytest.mark.parametrize("packing,rows", [(True, (4, 200)), (False, (8, 100))])

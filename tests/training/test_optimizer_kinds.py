@@ -3,6 +3,8 @@
 import os
 import signal
 import weakref
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,6 +238,67 @@ def test_state_goes_round_bit_for_bit(kind, dtype):
     assert all(torch.equal(tensor, two.state()[name]) for name, tensor in one.state().items())
     with pytest.raises(KeyError) if kind != "sgd" else pytest.raises(KeyError, match="step"):
         two.load({})
+
+
+# Paged moments
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_paged_moments_give_the_same_bits(kind, dtype, monkeypatch):
+    """Also over the borders of slices; the moments that are kept are those that were updated, in place."""
+    monkeypatch.setattr(optimizer, "SLICE", 1000)
+    made = {}
+    for paged in (False, True):
+        parameters = {"w": nn.Parameter(draw(70, 64, dtype=dtype)), "b": nn.Parameter(draw(9, dtype=dtype))}
+        one = made[paged] = Optimizer(parameters, OptimizerConfig(kind, RATE, max_grad_norm=None, paged=paged))
+        places = {name: tensor.data_ptr() for name, tensor in one.state().items() if name != "step"}
+        torch.manual_seed(7)
+        steps(one, [{"w": draw(70, 64, seed=i, dtype=dtype), "b": draw(9, seed=i, dtype=dtype)} for i in range(4)])
+        assert places == {name: tensor.data_ptr() for name, tensor in one.state().items() if name != "step"}
+    assert all(torch.equal(p, made[False].parameters[name]) for name, p in made[True].parameters.items())
+    assert all(torch.equal(tensor, made[False].state()[name]) for name, tensor in made[True].state().items())
+
+
+def test_moments_that_do_not_come_back_are_noticed(monkeypatch):
+    """The mutant: what was fetched is updated, and dropped."""
+
+    @contextmanager
+    def forgetful(self, name):
+        kept = self.moments[name]
+        yield {field: tensor.clone() for field, tensor in kept.items()} if self.config.paged else kept
+
+    monkeypatch.setattr(Optimizer, "_fetched", forgetful)
+    with pytest.raises(AssertionError):
+        test_paged_moments_give_the_same_bits("adamw8bit", torch.float32, monkeypatch)
+
+
+def test_one_parameters_moments_are_fetched_at_a_time(monkeypatch):
+    there, most, right = [], [], Optimizer._fetched
+
+    @contextmanager
+    def watched(self, name):
+        with right(self, name) as moments:
+            there.append(name)
+            most.append(len(there))
+            assert all(tensor is not self.moments[name][field] for field, tensor in moments.items())
+            yield moments
+            there.remove(name)
+
+    monkeypatch.setattr(Optimizer, "_fetched", watched)
+    parameters = {f"w{i}": nn.Parameter(draw(70, 64, seed=i)) for i in range(3)}
+    one = Optimizer(parameters, OptimizerConfig("adamw", RATE, max_grad_norm=None, paged=True))
+    steps(one, [{name: draw(70, 64, seed=9) for name in parameters}])
+    assert most == [1, 1, 1]
+
+
+def test_paged_moments_are_refused_where_there_are_none_to_page(make_config, model_folder):
+    with pytest.raises(ConfigError, match="optimizer.paged is True.*sgd has no moments"):
+        OptimizerConfig("sgd", RATE, paged=True)
+    config = make_config(model=str(model_folder), device="cpu", optimizer=OptimizerConfig(paged=True))
+    with pytest.raises(ConfigError, match="on a CPU they are there already, leave it out"):
+        train(config)
+    assert not Path(config.output).exists()
 
 
 # Updates in the backward pass
