@@ -12,7 +12,7 @@ from minitune import codebooks
 from minitune.codebooks import dynamic_map, even_steps, midpoints
 from minitune.errors import CheckpointError, ConfigError
 from minitune.ops.blockwise8 import CHUNK
-from minitune.ops.nf4 import QuantizedTensor, codebook, quantize
+from minitune.ops.nf4 import DECODED, QuantizedTensor, codebook, quantize
 from minitune.ops.quantization import BLOCK_SIZES, KINDS
 
 # QLoRA, appendix E.
@@ -193,7 +193,7 @@ def test_double_quantisation():
     assert plain.nbytes * 8 / weight.numel() == 4.5
 
 
-@pytest.mark.parametrize("n", [CHUNK - 1, CHUNK + 1, 2 * CHUNK + 4097])
+@pytest.mark.parametrize("n", [DECODED - 1, DECODED + 1, 2 * DECODED + 4097])
 def test_weights_of_several_chunks(n):
     weight = draw(n)
     ours = quantize(weight, block_size=4096, double_quant=False)

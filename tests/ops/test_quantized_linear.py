@@ -187,7 +187,8 @@ class Allocations(TorchDispatchMode):
 def allocated(weights, threshold=1 << 20):
     adapter = Adapter(leaf(draw(3, LARGE[1], seed=1)), leaf(draw(512, 3, seed=2)), 2.0)
     x = draw(4, LARGE[1], seed=5).requires_grad_()
-    with Allocations(threshold, linear._rooms.values()) as mode:
+    decoding = nf4._room(x.device, nf4.DECODED // 2, threading.get_ident())  # of one size, whatever is decoded
+    with Allocations(threshold, [*linear._rooms.values(), *decoding]) as mode:
         outs = projections(x, weights, [None] * 3, [adapter, None, None])
         sum(out.sum() for out in outs).backward()
     return mode.new
