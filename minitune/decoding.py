@@ -205,7 +205,8 @@ def generate_ids(
         max_new_tokens: tokens to generate per row at most.
         sampling: how tokens are chosen.
         end_ids: tokens that end a row; they are not part of the result.
-        on_token: called with (row, token) for each new token but the end; a true result ends that row after it.
+        on_token: called with (row, token) for each new token but the end; a true result ends that row after it. Neither
+            the model nor the choice of its adapters may change meanwhile.
         seed: with sampling, row i draws from a stream of its own, made of `seed` and i.
         batch_size: rows per batch (longest prompts first); None takes all in one.
         adapters: the name of each row's adapter, None for the base alone; by default the chosen one is everybody's.
@@ -284,8 +285,7 @@ def _generate_batch(
         hidden, cache = _read_prompts(model, list(prompts.values()), lengths, max_new_tokens, share)
     seen, uniforms = _seen(prompts, head), _uniforms(rows, max_new_tokens, seed).to(head.device)
     padded = len(set(lengths.tolist())) > 1
-    with chosen_rows(model, names and list(names.values())):
-        single = single_pass(model, cache) if len(rows) == 1 else None
+    single, alone = None, len(rows) == 1
     for step in range(max_new_tokens):
         (logits,) = projections(hidden[:, -1], [head], [None], [None])  # (B, V)
         tokens = next_tokens(model.capped(logits), sampling, seen, uniforms[:, step])
@@ -297,12 +297,14 @@ def _generate_batch(
             rows, keep = [rows[i] for i in going], torch.tensor(going, device=head.device)
             cache.select(keep)
             tokens, lengths, seen, uniforms = (tensor[keep] for tensor in (tokens, lengths, seen, uniforms))
-        if single is not None:
-            hidden = single(tokens[:, None])
-            continue
         positions = lengths[:, None] + step if padded else None
         with chosen_rows(model, names and [names[row] for row in rows]):
-            hidden = model.hidden(tokens[:, None], positions=positions, cache=cache)
+            if step == 0 and alone:
+                single = single_pass(model, cache)
+            if single is not None:
+                hidden = single(tokens[:, None])
+            else:
+                hidden = model.hidden(tokens[:, None], positions=positions, cache=cache)
 
 
 def _read_prompts(

@@ -62,7 +62,7 @@ class Ledger:
     adapters: int
     """A and B, fp32, with DoRA's magnitudes and PiSSA's starts."""
     optimizer: int
-    """Moments."""
+    """Moments; of paged ones with fused_backward the largest parameter's."""
     decode_room: int
     """The weights that are decoded at a time, kept for the next."""
     penalty: int
@@ -81,7 +81,7 @@ class Ledger:
     """What the backward pass of a layer makes; with checkpointing its activations too."""
     step_room: int
     """The embedding's own gradient where the head is tied to it and trains; random numbers for rounding to bf16; of
-    paged moments the largest parameter's."""
+    paged moments the largest parameter's, but with fused_backward."""
     allocator: int
     """What malloc keeps idle between tensors on a CPU; measured."""
     library: int
@@ -196,7 +196,7 @@ def ledger(
     loss = _logits(config, dtype, tokens, bool(head)) + (head if preference else 0)
     return Ledger(
         weights=fixed.weights, codes=fixed.codes, scales=fixed.scales, adapters=fixed.adapters,
-        optimizer=0 if paged else sum(fixed.moments), decode_room=fixed.decode_room,
+        optimizer=_held_moments(fixed.moments, paged, fused_backward), decode_room=fixed.decode_room,
         penalty={None: 0, "l2": fixed.start, "ewc": fixed.start + 2 * fixed.priced}[penalty],
         gradients=max(gradients) if fused_backward else sum(gradients),
         early_gradients=head + (sum(gradients) if accumulation_steps > 1 else 0),
@@ -205,10 +205,17 @@ def ledger(
         loss_room=3 * inputs + (0 if config.reward else loss),
         layer_room=_layer_room(config, dtype, batch_size, length)
         + (largest - inputs if gradient_checkpointing else 0),
-        step_room=_step_room(config, method, dtype, head, fixed.moments if paged else ()),
+        step_room=_step_room(config, method, dtype, head, fixed.moments if paged and not fused_backward else ()),
         allocator=int(idle),
         library=LIBRARY,
     )  # fmt: skip
+
+
+def _held_moments(moments: tuple[int, ...], paged: bool, fused_backward: bool) -> int:
+    """Return the bytes of moments beside activations: a parameter's at a time where they are fetched in that pass."""
+    if not paged:
+        return sum(moments)
+    return max(moments) if fused_backward else 0
 
 
 def _step_room(config: ModelConfig, method: str, dtype: torch.dtype, head: int, paged: tuple[int, ...]) -> int:

@@ -118,6 +118,8 @@ def test_paged_moments_take_the_room_of_the_largest_parameters(kind):
     plain, paged = (ledger(TINY, "full", 3, 70, dtype=FP32, optimizer=kind, paged=one) for one in (False, True))
     assert plain.optimizer > paged.optimizer == 0
     assert paged.step_room - plain.step_room == largest
+    fused = ledger(TINY, "full", 3, 70, dtype=FP32, optimizer=kind, paged=True, fused_backward=True)
+    assert fused.optimizer == largest and fused.step_room == plain.step_room  # fetched beside the activations
 
 
 def test_gradients_of_earlier_micro_batches_stay():

@@ -62,8 +62,10 @@ def test_paged_moments_of_a_recipe_are_counted(folder, tmp_path):
     for paged in ("false", "true"):
         recipe = tmp_path / f"{paged}.yaml"
         recipe.write_text(f"data: rows.jsonl\nmethod: full\noptimizer:\n  paged: {paged}\n")
-        found[paged] = plan(PlanConfig(folder, recipe=str(recipe)))["ledger"]["optimizer"]
+        found[paged] = plan(PlanConfig(folder, recipe=str(recipe), device_name="L4"))["ledger"]["optimizer"]
     assert found["false"] > found["true"] == 0
+    with pytest.raises(ConfigError, match="optimizer.paged moves moments off a GPU, and this plan is for a CPU"):
+        plan(PlanConfig(folder, recipe=str(recipe), device_name="CPU-2-cores"))
 
 
 def test_a_penalty_of_a_recipe_is_counted(folder):

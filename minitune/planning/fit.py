@@ -55,6 +55,7 @@ _VARIANTS = {
     "full, checkpointing": {"method": "full", **_CHECKPOINTS},
     "full, all that saves": {
         "method": "full", **_CHECKPOINTS, "fused_backward": True, "accumulation_steps": 1, "optimizer": "adamw8bit",
+        "paged": True,
     },
     "last_layers": {"method": "last_layers"},
     "lora": {"method": "lora"},
@@ -117,6 +118,11 @@ def _changes(run: Run, cpu: bool) -> Iterator[tuple[Callable[[Run], str], str, C
         lambda now: "--gradient_checkpointing", "the same numbers, a quarter to a third more time",
         lambda now: {"gradient_checkpointing": True},
     )  # fmt: skip
+    if not cpu:
+        yield (
+            lambda now: "--optimizer.paged true", "the same numbers; each step waits for its moments",
+            lambda now: {"paged": now.optimizer != "sgd"},
+        )  # fmt: skip
     yield (
         lambda now: "--dtype bfloat16", "rounding; weights are rounded stochastically",
         lambda now: {"dtype": "bfloat16"},
@@ -126,11 +132,6 @@ def _changes(run: Run, cpu: bool) -> Iterator[tuple[Callable[[Run], str], str, C
             lambda now: "--optimizer adamw8bit", "moments in 8 bits: hardly to be seen in the loss",
             lambda now: {"optimizer": "adamw8bit"} if now.optimizer == "adamw" else {},
         )  # fmt: skip
-        if not cpu:
-            yield (
-                lambda now: "--optimizer.paged true", "the same numbers; each step waits for its moments",
-                lambda now: {"paged": now.optimizer != "sgd"},
-            )  # fmt: skip
         yield (
             lambda now: "--fused_backward --accumulation_steps 1 --optimizer.max_grad_norm null",
             "no accumulation, so smaller steps, and no clipping",
@@ -138,7 +139,7 @@ def _changes(run: Run, cpu: bool) -> Iterator[tuple[Callable[[Run], str], str, C
         )  # fmt: skip
         yield (
             lambda now: "--method lora", "adapters in place of all weights: enough for most tasks",
-            lambda now: {"method": "lora", "fused_backward": False, "paged": run.paged},
+            lambda now: {"method": "lora", "fused_backward": False},
         )  # fmt: skip
     if run.method in ("full", "lora"):
         yield (

@@ -98,7 +98,7 @@ class Run:
         counted = replace(self, paged=False).ledger()
         trained = counted.weights if self.fused_backward else counted.gradients  # of those with it only one exists
         update = 2 * (counted.optimizer + 2 * trained) / device.bandwidth
-        update += 2 * counted.optimizer / BUS if self.paged else 0
+        update += 2 * counted.optimizer / BUS if self.paged and not device.name.startswith("CPU") else 0
         least, most = device.shares(self.dtype)
         peak = self.flops() / device.rate(self.dtype)
         return peak / most + update, peak / least + update

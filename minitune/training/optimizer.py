@@ -55,9 +55,8 @@ class Optimizer:
         """Allocate the moments: of adamw in each parameter's dtype."""
         self.parameters, self.config, self.plus_ratio = parameters, config, plus_ratio
         self.betas, self.eps = config.betas or ADAM["betas"], config.eps or ADAM["eps"]
-        self.moments = {name: self._zero_moments(name, p) for name, p in parameters.items()}
-        if config.paged:
-            self.moments = {n: {f: _page(t) for f, t in moments.items()} for n, moments in self.moments.items()}
+        keep = _page if config.paged else lambda moment: moment
+        self.moments = {n: {f: keep(t) for f, t in self._zero_moments(n, p).items()} for n, p in parameters.items()}
         self.steps = 0
         self.scale = 1.0  # what remains to be multiplied into bf16 gradients
         self.noise: torch.Tensor | None = None
@@ -202,16 +201,21 @@ class Optimizer:
             lr=rate, weight_decay=decay, eps=self.eps, maximize=False,
         )  # fmt: skip
 
+    def _wait(self) -> None:
+        """Wait until paged moments are back in the computer's memory."""
+        for device in {p.device for p in self.parameters.values() if p.is_cuda and self.config.paged}:
+            torch.cuda.synchronize(device)
+
     def state(self) -> dict[str, torch.Tensor]:
         """Return all state as named tensors: `step`, and `NAME.exp_avg` and the like."""
-        if self.config.paged and torch.cuda.is_available():
-            torch.cuda.synchronize()  # until all are back in the computer's memory
+        self._wait()
         named = {f"{n}.{field}": tensor for n, moments in self.moments.items() for field, tensor in moments.items()}
         return {"step": torch.tensor(self.steps), **named}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take back what `state` returned; KeyError when a tensor is missing."""
+        self._wait()
         self.steps = int(tensors["step"])
         for name, moments in self.moments.items():
             for field, tensor in moments.items():

@@ -11,7 +11,7 @@ from minitune.model.config import LoRAConfig, ModelConfig
 from minitune.model.lora import adapter_disabled, add_lora, linear_modules, make_adapters
 from minitune.model.rope import Rope
 from minitune.model.single import single_pass
-from minitune.model.transformer import Transformer
+from minitune.model.transformer import RMSNorm, Transformer
 from minitune.ops.nf4 import quantize
 
 LENGTH, PROMPT = 24, 9
@@ -72,6 +72,7 @@ def test_the_adapter_that_is_chosen():
     for seed, name in enumerate(("one", "two")):
         drawn(added := make_adapters(model, dict.fromkeys(linear_modules(model), LoRAConfig(rank=2)), seed=seed))
         add_named(model, name, added)
+    model.eval()
     answers = {}
     for name in ("one", "two", None):
         choose(model, name)
@@ -95,16 +96,55 @@ def hooked(model):
     model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
 
 
+def patched(model):
+    model.model.layers[2].mlp.forward = lambda x: x.make()
+
+
+def of_another_class(model):
+    class Doubled(RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.model.norm = Doubled(64, model.config, torch.float32, "cpu").eval()
+
+
+def with_a_wide_norm(model):
+    model.bfloat16().model.norm.float()
+
+
+def dropping(model):
+    add_lora(model, LoRAConfig(rank=2, dropout=0.5))
+    model.model.layers[0].mlp.down_proj.lora.train()
+
+
 def unstacked(model):
     layer = model.model.layers[0].self_attn.k_proj
     layer.replace_weight(layer.weight.data.clone())
 
 
-@pytest.mark.parametrize("change", [quantised, of_dora, hooked, unstacked, Transformer.train])
+@pytest.mark.parametrize("change", [quantised, of_dora, hooked, patched, of_another_class, with_a_wide_norm,
+                                    dropping, unstacked, Transformer.train])  # fmt: skip
 def test_what_has_no_plan(change):
     model = small()
     change(model)
     assert texts(model)[1] is None
+
+
+def test_no_plan_under_hooks_of_all_modules():
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert texts(small())[1] is None
+    finally:
+        hook.remove()
+    assert texts(small())[1] is not None
+
+
+def test_no_gradient_flows():
+    model = small()
+    cache = KVCache(model.config, 1, LENGTH)
+    with torch.no_grad():
+        model.hidden(torch.ones(1, PROMPT, dtype=torch.int64), cache=cache)
+    assert not single_pass(model, cache)(torch.ones(1, 1, dtype=torch.int64)).requires_grad
 
 
 def test_no_plan_where_rope_depends_on_the_length():
@@ -132,3 +172,5 @@ def test_generation_takes_it_for_one_text_and_writes_the_same(monkeypatch):
     assert generate_ids(model, prompts, max_new_tokens=20, batch_size=1) == together
     assert len(taken) == 2 and None not in taken
     assert generate_ids(model, prompts, max_new_tokens=20) == together and len(taken) == 2
+    generate_ids(model, prompts, max_new_tokens=1, batch_size=1)
+    assert len(taken) == 2, "a plan for no token"

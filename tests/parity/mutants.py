@@ -7,7 +7,7 @@ apply has no row.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +17,6 @@ import torch
 import minitune
 from minitune.model import single, transformer
 from minitune.model.cache import KVCache
-from minitune.model.config import ModelConfig
 from minitune.model.rope import Rope
 from minitune.training import objectives
 from tests.parity.cases import FAMILIES, ROPES, Case
@@ -214,8 +213,8 @@ PATCHES = [
           lambda right, p, offset, window: right(p, offset, window + bool(offset))),
     Patch("rope turned back in the pass for one row", "Llama 3 8/2, untied", "one text", single, "_turn",
           lambda right, x, cos, sin: right(x, cos, -sin)),
-    Patch("window one too long in the pass for one row", "Mistral 8/2, untied", "one text", ModelConfig, "window",
-          lambda right, config, layer: right(config, layer) + 1),
+    Patch("window one too long in the pass for one row", "Mistral 8/2, untied", "one text", single, "_rooms",
+          lambda right, config, *rest: right(replace(config, windows=tuple(w + 1 for w in config.windows)), *rest)),
     Patch("keys of a shorter text kept", "rope: dynamic Llama", "cached", KVCache, "remember",
           lambda right, cache, ids, positions: False),
     Patch("keys of a shorter text kept", "Phi-3.5 8/2, untied", "cached", KVCache, "remember",

@@ -292,6 +292,21 @@ def test_one_parameters_moments_are_fetched_at_a_time(monkeypatch):
     assert most == [1, 1, 1]
 
 
+def test_moments_are_paged_as_they_are_made(monkeypatch):
+    """Else all of them would lie on the GPU first."""
+    made, right = [], Optimizer._zero_moments
+
+    def watched(self, name, parameter):
+        assert not any(tensor() is not None for tensor in made)
+        moments = right(self, name, parameter)
+        made.extend(weakref.ref(tensor) for tensor in moments.values())
+        return moments
+
+    monkeypatch.setattr(Optimizer, "_zero_moments", watched)
+    Optimizer({f"w{i}": nn.Parameter(draw(70, 64)) for i in range(3)}, OptimizerConfig("adamw8bit", RATE, paged=True))
+    assert len(made) == 12
+
+
 def test_paged_moments_are_refused_where_there_are_none_to_page(make_config, model_folder):
     with pytest.raises(ConfigError, match="optimizer.paged is True.*sgd has no moments"):
         OptimizerConfig("sgd", RATE, paged=True)
