@@ -19,10 +19,10 @@ from minitune.model.cache import KVCache
 from minitune.model.config import ModelConfig
 from minitune.model.linear import Linear
 from minitune.model.lora import linear_modules
+from minitune.model.rope import Rope
 from minitune.model.transformer import MLP, Attention, Layer, RMSNorm, Transformer
 from minitune.ops.attention import Visibility, attention
 from minitune.ops.linear import Adapter, join_adapters, stacked
-from minitune.ops.precision import widen
 from minitune.ops.swiglu import ACTIVATIONS, GATED_UNITS
 
 Map = Callable[[torch.Tensor], torch.Tensor]  # of a vector to a vector
@@ -44,12 +44,13 @@ def single_pass(model: Transformer, cache: KVCache) -> Map | None:
     if any(stacked([layer.weight for layer in stack]) is None for stack in stacks):
         return None  # to join them would take their memory again
     layers, norm = [_layer(layer) for layer in decoder.layers], _norm(decoder.norm)
+    reach = [(config.layer_rope(index), config.window(index)) for index in range(config.num_layers)]
 
     @torch.no_grad()
     def step(token: torch.Tensor) -> torch.Tensor:
         place = torch.full_like(token, cache.length)
         h = model.embedded(token, place).view(-1)
-        for layer, room in zip(layers, _rooms(config, cache, place), strict=True):
+        for layer, room in zip(layers, _rooms(config, reach, cache, place), strict=True):
             h = layer(h, room)
         cache.advance(1)
         h = norm(h).view(1, 1, -1)
@@ -71,19 +72,19 @@ class _Room(NamedTuple):
     values: torch.Tensor
 
 
-def _rooms(config: ModelConfig, cache: KVCache, place: torch.Tensor) -> list[_Room]:
-    """Return every layer's room for the token at `place` (1, 1)."""
+def _rooms(
+    config: ModelConfig, reach: list[tuple[Rope | None, int | None]], cache: KVCache, place: torch.Tensor
+) -> list[_Room]:
+    """Return every layer's room for the token at `place` (1, 1); `reach` has each layer's rope and window."""
     end, tables = cache.end(1), {None: None}
-    ropes = [config.layer_rope(index) for index in range(config.num_layers)]
-    for rope in set(ropes) - {None}:
+    for rope in {rope for rope, _ in reach} - {None}:
         cos, sin = rope.tables(place, config.head_dim, config.max_positions)
         tables[rope] = torch.cat((cos, cos), -1).view(-1), torch.cat((-sin, sin), -1).view(-1)
     rooms = []
-    for index, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-        window = config.window(index)
+    for (rope, window), keys, values in zip(reach, cache.keys, cache.values, strict=True):
         seen = slice(0 if window is None else max(0, end - window), end)
         new = keys[:, :, end - 1 : end], values[:, :, end - 1 : end]
-        rooms.append(_Room(tables[ropes[index]], *new, keys[:, :, seen], values[:, :, seen]))
+        rooms.append(_Room(tables[rope], *new, keys[:, :, seen], values[:, :, seen]))
     return rooms
 
 
@@ -200,10 +201,12 @@ def _attention(block: Attention) -> Callable[[torch.Tensor, _Room], torch.Tensor
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the first r elements of heads x (1, n, 1, d) by tables (r,): (a, b) -> (a, b) cos + (b, a) (-sin, sin)."""
+    """Turn the first r elements of heads x (1, n, 1, d) by tables (r,): (a, b) -> (a, b) cos + (b, a) (-sin, sin).
+
+    The tables are fp32, so products and their sum are fp32 at least, rounded once.
+    """
     width = cos.shape[0]
     if width < x.shape[-1]:
         return torch.cat((_turn(x[..., :width], cos, sin), x[..., width:]), dim=-1)
-    wide = widen(x)
-    swapped = wide.view(*x.shape[:-1], 2, -1).flip(-2).view(x.shape)
-    return (wide * cos).addcmul_(swapped, sin).to(x.dtype)
+    swapped = x.view(*x.shape[:-1], 2, -1).flip(-2).view(x.shape)
+    return (x * cos).addcmul_(swapped, sin).to(x.dtype)

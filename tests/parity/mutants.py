@@ -7,7 +7,7 @@ apply has no row.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -214,7 +214,7 @@ PATCHES = [
     Patch("rope turned back in the pass for one row", "Llama 3 8/2, untied", "one text", single, "_turn",
           lambda right, x, cos, sin: right(x, cos, -sin)),
     Patch("window one too long in the pass for one row", "Mistral 8/2, untied", "one text", single, "_rooms",
-          lambda right, config, *rest: right(replace(config, windows=tuple(w + 1 for w in config.windows)), *rest)),
+          lambda right, config, reach, *rest: right(config, [(rope, window + 1) for rope, window in reach], *rest)),
     Patch("keys of a shorter text kept", "rope: dynamic Llama", "cached", KVCache, "remember",
           lambda right, cache, ids, positions: False),
     Patch("keys of a shorter text kept", "Phi-3.5 8/2, untied", "cached", KVCache, "remember",
