@@ -194,6 +194,8 @@ def _one_line(message: str, names: list[str]) -> str:
     wanted, got = _WANTED.search(key[2]), _GOT.search(key[2])
     if not wanted or not got:
         return f"option {key[1]}: {key[2]}"
+    if nested := re.match(r"NestedArg\(key='([^']+)'", got[1]):  # such as --optimizer.paged, where it has no parts
+        return f"unknown option '{key[1]}.{nested[1]}'; here --{key[1]} takes a value alone, see --help"
     return f"option {key[1]}: expected {wanted[1] or wanted[2]}, got '{got[1]}'".replace("Literal", "one of ")
 
 

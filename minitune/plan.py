@@ -247,13 +247,13 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
     train = merged(config)
     run = shaped(train, *read_shape(config.model))
-    here = calibrated(config, train) if config.calibrate else None
     named = device(config.device_name) if config.device_name else None
-    memory = parsed_bytes(config.memory) if config.memory else named.memory if named else None
     cpu, counted = _on_cpu(named), run.ledger()
     if run.paged and cpu:
         raise ConfigError("optimizer.paged moves moments off a GPU, and this plan is for a CPU; leave it out, or name "
                           "a GPU with --device_name")  # fmt: skip
+    here = calibrated(config, train) if config.calibrate else None
+    memory = parsed_bytes(config.memory) if config.memory else named.memory if named else None
     answers = generation(run.config, run.batch_size, run.length, dtype=_dtype(run)) if not run.config.reward else None
     steps = train.max_steps
     if config.tokens:

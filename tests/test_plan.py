@@ -138,6 +138,7 @@ BAD = {
     "an unknown recipe": (("--recipe", "lorra"), "lora"),
     "steps measured nowhere": (("--measured_step", "1"), "without device_name"),
     "no weights to calibrate with": (("--calibrate",), "safetensors"),
+    "a part of an option that has none": (("--optimizer.paged", "true"), "unknown option 'optimizer.paged'"),
     "a missing answer": (("--answers", "[goal=labels]"), "measured is missing"),
     "an unknown answer": (("--answers", "[gaol=labels]"), "did you mean 'goal'"),
     "no file of answers": (("--answers", "nowhere.yaml"), "there is no file"),

@@ -4,7 +4,7 @@ The peaks are those of dense matrices with sums in fp32 (data sheets like to pri
 for float32 those of plain fp32, which is what torch uses unless it is told otherwise. No step reaches a peak. So times
 are ranges: the operations over the peak, divided by a share of 25 to 50%, which is what well-tuned training of
 models of 1 billion parameters and more is reported to reach; small models and short rows stay below. It was not
-measured here. For the CPU it was: 13 to 24% in bf16 and 51 to 64% in fp32 (`bench/results/2026-11-22.json`, the share
+measured here. For the CPU it was: 16 to 29% in bf16 and 52 to 66% in fp32 (`bench/results/2026-11-22.json`, the share
 of the floor in the cases of SmolLM2 135M). A single number was rejected: it would be wrong for nearly everyone.
 
 There are no prices here, since they age in weeks.
@@ -67,7 +67,7 @@ DEVICES = (
     Device(
         "CPU-2-cores", 1.9e12, 3.1e11, 2.5e10, None,
         "measured: Xeon with AMX at 2.1 GHz, 2 threads, best of matmuls of 2,048 (bench/results/2026-11-22.json)",
-        ((0.13, 0.24), (0.51, 0.64)),
+        ((0.16, 0.29), (0.52, 0.66)),
     ),
 )  # fmt: skip
 
